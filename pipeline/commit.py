@@ -1,0 +1,201 @@
+"""How a store becomes durable: atomic objects, the ledger, the lock and COMMIT.json.
+
+Order of writes: every object of a shard (temporary name, fsync, rename), then the shard's ledger row,
+and after the last shard the manifest, the ledger in canonical order and COMMIT.json. A shard counts
+only once its row is in the ledger; a reader trusts only what COMMIT.json names.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import canonical_json
+from pipeline.errors import IntegrityError, LockedError, StoreError
+
+LEDGER = "ledger.jsonl"
+MANIFEST = "manifest.parquet"
+COMMIT = "COMMIT.json"
+LOCK = ".lock"
+PARTIAL_SUFFIX = ".partial"
+
+
+def write_object(path: Path, content: bytes) -> dict[str, Any]:
+    """Write a whole object durably and atomically; its size and sha256 for the ledger."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL_SUFFIX}")
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise StoreError(
+            f"{path}: cannot write {len(content)} bytes: {error.strerror}; free some space or check "
+            "the permissions, then run the same command again"
+        ) from None
+    _sync_folder(path.parent)
+    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def sweep_partials(store: Path) -> None:
+    """Remove what killed writers left; only the holder of the lock may call this."""
+    for partial in store.rglob(f"*{PARTIAL_SUFFIX}"):
+        partial.unlink(missing_ok=True)
+
+
+@dataclass
+class Ledger:
+    """What happened to every input and every shard, one JSON object per line.
+
+    Rows: `{"scene": id, "path", "fingerprint", "refused": reason or null}` for every input, written
+    when the job is planned; `{"shard": k, "objects": {path: {bytes, sha256}}, "failed": {scene:
+    reason}, "thresholds": {scene: [...]}}` for every finished shard.
+    """
+
+    path: Path
+    scenes: list[dict[str, Any]] = field(default_factory=list)
+    shards: dict[int, dict[str, Any]] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, store: Path) -> "Ledger":
+        """The ledger of a store; an incomplete last line, a torn append, does not count."""
+        ledger = cls(store / LEDGER)
+        whole_lines = ledger.path.read_bytes().split(b"\n")[:-1]
+        for number, line in enumerate(whole_lines, start=1):
+            try:
+                ledger._take(json.loads(line))
+            except (ValueError, KeyError, TypeError):
+                raise IntegrityError(
+                    f"{ledger.path}: line {number} is not a ledger row; the store is damaged, "
+                    "preprocess into a new one"
+                ) from None
+        return ledger
+
+    def create(self) -> None:
+        """Write the planned scenes; nothing of a job exists before this."""
+        write_object(self.path, self.canonical())
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Add a finished shard durably."""
+        with self.path.open("r+b") as file:
+            # A torn line of an earlier crash would swallow this row.
+            kept = file.read().rfind(b"\n") + 1 if self._torn() else file.seek(0, os.SEEK_END)
+            file.seek(kept)
+            file.truncate()
+            file.write(canonical_json(row) + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self._take(row)
+
+    def canonical(self) -> bytes:
+        """All rows in an order that does not depend on which shard finished first."""
+        rows = [*self.scenes, *(self.shards[shard] for shard in sorted(self.shards))]
+        return b"".join(canonical_json(row) + b"\n" for row in rows)
+
+    def quarantined(self) -> dict[str, str]:
+        """Reason by scene id, of scenes refused at planning or failed in a shard, sorted by id."""
+        reasons = {row["scene"]: row["refused"] for row in self.scenes if row["refused"]}
+        for shard in sorted(self.shards):
+            for scene, reason in self.shards[shard]["failed"].items():
+                reasons.setdefault(scene, reason)
+        return dict(sorted(reasons.items()))
+
+    def thresholds(self) -> dict[str, list[float]]:
+        """Thresholds by scene id, fine to coarse."""
+        return {
+            scene: [float(t) for t in thresholds]
+            for row in self.shards.values()
+            for scene, thresholds in row["thresholds"].items()
+        }
+
+    def _torn(self) -> bool:
+        with self.path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            if size == 0:
+                return False
+            file.seek(size - 1)
+            return file.read(1) != b"\n"
+
+    def _take(self, row: dict[str, Any]) -> None:
+        if "shard" in row:
+            self.shards[int(row["shard"])] = {**row, "objects": dict(row["objects"])}
+        else:
+            self.scenes.append(
+                {key: row[key] for key in ("scene", "path", "fingerprint", "refused")}
+            )
+
+
+def write_commit(store: Path, ledger: Ledger, manifest: bytes, summary: dict[str, Any]) -> None:
+    """Make everything in the ledger visible to readers, in one atomic step."""
+    objects = {
+        MANIFEST: write_object(store / MANIFEST, manifest),
+        LEDGER: write_object(store / LEDGER, ledger.canonical()),
+    }
+    content = {"objects": objects, "summary": summary}
+    write_object(store / COMMIT, json.dumps(content, indent=2, sort_keys=True).encode() + b"\n")
+
+
+def read_commit(store: Path) -> dict[str, Any] | None:
+    """The commit of a store, or None while its job is unfinished."""
+    try:
+        content = json.loads((store / COMMIT).read_bytes())
+        return {"objects": dict(content["objects"]), "summary": dict(content["summary"])}
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError):
+        raise IntegrityError(
+            f"{store / COMMIT}: not a commit; the store is damaged, preprocess into a new one"
+        ) from None
+
+
+def read_committed(store: Path, name: str, commit: dict[str, Any]) -> bytes:
+    """An object that COMMIT.json names; IntegrityError if it is not the one committed."""
+    path = store / name
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        content = None
+    if content is None or hashlib.sha256(content).hexdigest() != commit["objects"][name]["sha256"]:
+        found = "is missing" if content is None else "differs from what was committed"
+        raise IntegrityError(f"{path} {found}; the store is damaged, preprocess into a new one")
+    return content
+
+
+@contextmanager
+def exclusive(store: Path) -> Iterator[None]:
+    """Hold the store for writing; LockedError names the holder. A dead holder's lock is free."""
+    path = store / LOCK
+    with path.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise LockedError(
+                f"{store} is being written by {file.read().strip() or 'another process'}; wait for "
+                "it to end, or stop it"
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        try:
+            yield
+        finally:
+            # The file stays: removing it could hand two later holders two different files.
+            file.truncate(0)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
