@@ -1,0 +1,19 @@
+"""aptile's training side: packed batches from a store, and the APT encoder.
+
+Never imports dask, rasterio or numba: a training environment can lack them.
+"""
+
+from model.data import BatchOrder, BatchStream, TileDataset
+from model.encoder import APTEncoder, EncoderConfig
+from model.packing import TokenBatch
+from model.upsample import scatter_to_grid
+
+__all__ = [
+    "APTEncoder",
+    "BatchOrder",
+    "BatchStream",
+    "EncoderConfig",
+    "TileDataset",
+    "TokenBatch",
+    "scatter_to_grid",
+]

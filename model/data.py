@@ -1,0 +1,107 @@
+"""Tiles of a store as torch data: a map-style dataset, a batch order, a prefetching stream.
+
+The order of training is a pure function of (seed, epoch, step); nothing is scored here.
+"""
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from model.packing import TokenBatch, pack
+from pipeline.errors import ConfigError
+from pipeline.store import Store, Tile, open_store
+
+
+class TileDataset(Dataset[Tile]):
+    """The committed tiles of one modality of a store.
+
+    `dataset[i]` is a tile with everything decoded; `dataset.batch([...])` reads several tiles
+    concurrently and packs them. Reading needs neither rasterio nor dask nor numba.
+    """
+
+    def __init__(self, store: Store | str | Path, modality: str | None = None) -> None:
+        self.store = store if isinstance(store, Store) else open_store(store)
+        self.modality = modality if modality is not None else self.store.modalities[0]
+        if self.modality not in self.store.modalities:
+            raise ConfigError(
+                f"{self.store.path} has no modality {self.modality!r}; "
+                f"it has {', '.join(self.store.modalities)}"
+            )
+        column = self.store.manifest[self.modality].combine_chunks()
+        self._ids: list[str] = self.store.manifest["id"].to_pylist()
+        self._frame_start = column.field("frame_start").to_numpy()
+        self._num_frames = column.field("num_frames").to_numpy().astype(np.int64)
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def __getitem__(self, index: int) -> Tile:
+        return self.store.tile(self._ids[index], self.modality)
+
+    def batch(self, indices: Sequence[int] | np.ndarray) -> TokenBatch:
+        """The tiles of these rows of the manifest, packed in the order given."""
+        tiles = np.asarray(indices, np.int64)
+        frames_per_tile = self._num_frames[tiles]
+        frames = np.concatenate(
+            [np.arange(self._frame_start[tile], self._frame_start[tile] + n)
+             for tile, n in zip(tiles, frames_per_tile, strict=True)]
+        )  # fmt: skip
+        read = self.store.read_frames(self.modality, frames)
+        return pack(read, frames_per_tile, tiles, self.store.layouts[self.modality].grid)
+
+
+@dataclass(frozen=True)
+class BatchOrder:
+    """Which tiles form the batch of a step: every tile once per epoch, in a seeded order.
+
+    The last batch of an epoch holds what is left.
+    """
+
+    num_tiles: int
+    batch_tiles: int
+    seed: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-self.num_tiles // self.batch_tiles)
+
+    def tiles(self, step: int) -> np.ndarray:
+        """int64: rows of the manifest of the batch of `step`, counted from 0 over all epochs."""
+        epoch, within = divmod(step, self.steps_per_epoch)
+        order = np.random.default_rng([self.seed, epoch]).permutation(self.num_tiles)
+        return order[within * self.batch_tiles : (within + 1) * self.batch_tiles]
+
+
+class BatchStream:
+    """Batches of the steps `start ... stop - 1`, read ahead in one background thread."""
+
+    _AHEAD = 3
+
+    def __init__(self, dataset: TileDataset, order: BatchOrder, start: int, stop: int) -> None:
+        self.dataset, self.order, self.start, self.stop = dataset, order, start, stop
+
+    def __len__(self) -> int:
+        """All steps up to `stop`, those before `start` included."""
+        return self.stop
+
+    def __iter__(self) -> Iterator[TokenBatch]:
+        pending: deque[Future[TokenBatch]] = deque()
+        steps = iter(range(self.start, self.stop))
+        reader = ThreadPoolExecutor(1, thread_name_prefix="aptile-batches")
+        try:
+            for step in steps:
+                pending.append(reader.submit(self._read, step))
+                if len(pending) > self._AHEAD:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            reader.shutdown(wait=True, cancel_futures=True)
+
+    def _read(self, step: int) -> TokenBatch:
+        return self.dataset.batch(self.order.tiles(step))
