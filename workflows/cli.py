@@ -1,0 +1,65 @@
+"""The `aptile` command: parse, one call, exit code. Each command lives in its own module."""
+
+import sys
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import Any
+
+from cyclopts import App, CycloptsError
+
+from pipeline.errors import EXIT_INTERRUPTED, EXIT_USAGE, AptileError
+
+_EXTRA_OF = {"torch": "train", "lightning": "train", "safetensors": "train", "matplotlib": "viz"}
+
+app = App(
+    name="aptile",
+    help="From satellite archive to training-ready adaptive tokens.",
+    version=lambda: version("aptile"),
+    help_format="markdown",
+    suppress_keyboard_interrupt=False,
+)
+# As text, so that a command's imports cost nothing until it is called.
+for _command, _help in (
+    ("preprocess", "Score, partition and store every tile of an archive."),
+    ("inspect", "Show token counts of a store, and pictures of its tiles."),
+    ("train", "Train an APT encoder on the tiles of a store."),
+    ("demo", "Try all of it on a real Sentinel-2 chip."),
+):
+    app.command(f"workflows.{_command}:{_command}", name=_command, help=_help)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit with its code."""
+    sys.exit(run(lambda: app(arguments, exit_on_error=False, print_error=False)))
+
+
+def run(command: Callable[[], Any]) -> int:
+    """The exit code of a command; errors a user can cause become one line on stderr."""
+    try:
+        return int(command() or 0)
+    except AptileError as error:
+        return _complain(str(error), error.exit_code)
+    except CycloptsError as error:
+        message = " ".join(str(error).split())
+        return _complain(f"{message} See `aptile --help`.", EXIT_USAGE)
+    except KeyboardInterrupt:
+        return _complain(
+            "interrupted; nothing is lost, run the same command again to go on", EXIT_INTERRUPTED
+        )
+    except ModuleNotFoundError as error:
+        extra = _EXTRA_OF.get((error.name or "").split(".")[0])
+        if extra is None:
+            raise
+        return _complain(
+            f"this command needs {error.name}; install it with: pip install 'aptile[{extra}]'",
+            EXIT_USAGE,
+        )
+
+
+def _complain(message: str, code: int) -> int:
+    print(f"aptile: {message}", file=sys.stderr)  # noqa: T201 (the one place errors are shown)
+    return code
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""`aptile train`: a small self-supervised run from a store."""
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from model.training import LOSS_FILE, TrainConfig, TrainReport, attention_name
+from model.training import train as run_training
+from pipeline.config import load_config
+from pipeline.errors import EXIT_OK
+from workflows.terminal import note, print_json, progress_bar
+
+
+def train(
+    store: Path,
+    *,
+    out: Path,
+    config: Path | None = None,
+    set_: Annotated[list[str] | None, Parameter("--set", negative="")] = None,
+    json: Annotated[bool, Parameter(negative="")] = False,
+) -> int:
+    """Train an APT encoder on a store's tiles; the same command resumes an interrupted run.
+
+    Hidden tokens are predicted from visible ones; nothing is scored while training.
+
+    Parameters
+    ----------
+    store
+        A store made by `aptile preprocess`.
+    out
+        Folder of the run: checkpoint, loss.csv and, at the end, the encoder.
+    config
+        YAML file with any of the settings.
+    set_
+        One setting as key=value, for example steps=1000. May be repeated.
+    json
+        Print the result as JSON on stdout.
+    """
+    settings = load_config(TrainConfig, config, list(set_ or []))
+    report = train_store(store, out, settings)
+    if json:
+        print_json(
+            {
+                "out": str(report.out),
+                "steps": report.steps,
+                "steps_now": report.steps_now,
+                "first_loss": report.first_loss,
+                "last_loss": report.last_loss,
+            }
+        )
+    return EXIT_OK
+
+
+def train_store(store: Path, out: Path, settings: TrainConfig) -> TrainReport:
+    """Train with a progress bar, and say what came of it."""
+    note(f"attention: {attention_name()}")
+    with progress_bar("steps") as bar:
+        task = bar.add_task("train", total=settings.steps, extra="")
+        report = run_training(
+            store,
+            out,
+            settings,
+            lambda step, loss: bar.update(task, completed=step, extra=f"loss {loss:.3f}"),
+        )
+    done = f"{report.steps_now} steps" if report.steps_now else "complete already, nothing to do"
+    note(
+        f"{out}: {done}; loss {report.first_loss:.3f} at the start, {report.last_loss:.3f} at the end "
+        f"(every step in {out / LOSS_FILE})"
+    )
+    return report
