@@ -266,12 +266,18 @@ def _value_ranges(job: Job) -> ValueRanges:
     chosen = rng.permutation(len(plan.scenes))[:_RANGE_SAMPLE_TILES]
     tiles_per_scene = -(-_RANGE_SAMPLE_TILES // len(plan.scenes))
     samples = []
+    unreadable = {}
     for index in sorted(chosen.tolist()):
-        # A scene that fails here fails in its shard too, and is quarantined there.
-        with contextlib.suppress(SceneError):
-            for pixels, valid in sample_tiles(plan.scenes[index], plan.config, tiles_per_scene):
+        scene = plan.scenes[index]
+        try:
+            for pixels, valid in sample_tiles(scene, plan.config, tiles_per_scene):
                 samples.append(pixels[:, valid])
-    return value_ranges_of(samples or [np.empty((len(plan.bands), 0))])
+        except SceneError as error:
+            # It fails in its shard too, and is quarantined there.
+            unreadable[scene.id] = str(error)
+    if not samples:
+        _require_scenes(str(job.source.root), len(job.source.files), 0, unreadable)
+    return value_ranges_of(samples)
 
 
 def _ledger_scenes(source: Source, refused: dict[str, str]) -> list[dict[str, Any]]:

@@ -9,7 +9,14 @@ from cyclopts import App, CycloptsError
 
 from pipeline.errors import EXIT_INTERRUPTED, EXIT_USAGE, AptileError
 
-_EXTRA_OF = {"torch": "train", "lightning": "train", "safetensors": "train", "matplotlib": "viz"}
+_EXTRA_OF = {
+    "torch": "train",
+    "lightning": "train",
+    "safetensors": "train",
+    "matplotlib": "viz",
+    "spyndex": "demo",
+    "xarray": "demo",
+}
 
 app = App(
     name="aptile",
@@ -17,6 +24,7 @@ app = App(
     version=lambda: version("aptile"),
     help_format="markdown",
     suppress_keyboard_interrupt=False,
+    result_action="return_value",
 )
 # As text, so that a command's imports cost nothing until it is called.
 for _command, _help in (
@@ -46,14 +54,23 @@ def run(command: Callable[[], Any]) -> int:
         return _complain(
             "interrupted; nothing is lost, run the same command again to go on", EXIT_INTERRUPTED
         )
-    except ModuleNotFoundError as error:
-        extra = _EXTRA_OF.get((error.name or "").split(".")[0])
-        if extra is None:
+    except ImportError as error:
+        package = _missing_package(error)
+        if package not in _EXTRA_OF:
             raise
         return _complain(
-            f"this command needs {error.name}; install it with: pip install 'aptile[{extra}]'",
+            f"this command needs {package}; install it with: pip install 'aptile[{_EXTRA_OF[package]}]'",
             EXIT_USAGE,
         )
+
+
+def _missing_package(error: BaseException | None) -> str:
+    """The package whose absence an import error goes back to; empty if it is none."""
+    while error is not None:
+        if isinstance(error, ModuleNotFoundError) and error.name:
+            return error.name.split(".")[0]
+        error = error.__cause__
+    return ""
 
 
 def _complain(message: str, code: int) -> int:

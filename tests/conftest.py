@@ -1,0 +1,63 @@
+"""Fixtures shared by all tests: archives real and synthetic, stores made by the command line."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+from support import aptile, save_scene
+
+from workflows.demo import write_archive
+
+ROOT = Path(__file__).parent.parent
+
+# The fixtures hypothesis complains about are read-only here, and slow machines are no failure.
+settings.register_profile(
+    "aptile",
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+settings.load_profile("aptile")
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """Real imagery beside the project; tests that need it skip where it is absent."""
+    folder = Path(os.environ.get("APTILE_TEST_DATA", ROOT.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip("no real imagery here; APTILE_TEST_DATA can name its folder")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def satclip(real_data: Path) -> Path:
+    """Four Sentinel-2 L2A scenes of 256 x 256 px and 12 bands."""
+    return real_data / "satclip"
+
+
+@pytest.fixture(scope="session")
+def chip_archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The real Sentinel-2 chip of the demo: one scene of 300 x 300 px and 4 bands, no georeference."""
+    folder = tmp_path_factory.mktemp("chip") / "archive"
+    write_archive(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def chip_store(chip_archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The chip preprocessed with default settings: 9 tiles, those at the edge partly invalid."""
+    store = tmp_path_factory.mktemp("store") / "chip"
+    assert aptile("preprocess", chip_archive, store, "--workers", 1) == 0
+    return store
+
+
+WriteScene = Callable[..., Path]
+
+
+@pytest.fixture
+def write_scene(tmp_path: Path) -> WriteScene:
+    """`write_scene(name, pixels [band, y, x], **creation_options)` below tmp_path/archive."""
+    return lambda name, pixels, **options: save_scene(
+        tmp_path / "archive" / name, pixels, **options
+    )

@@ -1,0 +1,51 @@
+"""Slow, obvious definitions of scores and partitions, written from the definitions alone."""
+
+import numpy as np
+
+
+def entropy(pixels: np.ndarray, num_bins: int, low: float, high: float) -> float:
+    """Bits of the histogram of a flat array over [low, high]; NaN if it is empty."""
+    if pixels.size == 0:
+        return float("nan")
+    clipped = np.clip(pixels.astype(np.float64), low, high)
+    counts, _ = np.histogram(clipped, bins=num_bins, range=(low, high))
+    p = counts[counts > 0] / counts.sum()
+    return float(-(p * np.log2(p)).sum())
+
+
+def score_map(image, valid, size, num_bins, ranges):
+    """[cell_y, cell_x] of patches of `size` px, mean over bands; sizes must divide the image."""
+    rows, cols = image.shape[1] // size, image.shape[2] // size
+    scores = np.empty((rows, cols))
+    for y in range(rows):
+        for x in range(cols):
+            cut = np.s_[y * size : (y + 1) * size, x * size : (x + 1) * size]
+            bits = [
+                entropy(band[cut][valid[cut]], num_bins, low, high)
+                for band, (low, high) in zip(image, ranges, strict=True)
+            ]
+            scores[y, x] = np.mean(bits)
+    return scores
+
+
+def leaves(maps, thresholds, num_scales):
+    """Top-down recursion: set of (y, x, scale, missing), positions in base cells."""
+    found = set()
+
+    def visit(y, x, scale):
+        score = maps[scale][y >> scale, x >> scale]
+        if np.isnan(score):
+            found.add((y, x, scale, True))
+        elif scale == 0 or score < np.float32(thresholds[scale - 1]):
+            found.add((y, x, scale, False))
+        else:
+            half = 2 ** (scale - 1)
+            for dy in (0, half):
+                for dx in (0, half):
+                    visit(y + dy, x + dx, scale - 1)
+
+    side = 2 ** (num_scales - 1)
+    for y in range(0, maps[0].shape[0], side):
+        for x in range(0, maps[0].shape[1], side):
+            visit(y, x, num_scales - 1)
+    return found

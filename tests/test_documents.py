@@ -1,0 +1,105 @@
+"""README and docs hold what the code does: their blocks run, their tables are compared."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel
+
+from model.training import TrainConfig
+from pipeline.config import PreprocessConfig, load_config
+from pipeline.grid import BaseGrid
+from pipeline.store import StoreLayout
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+def run(command: list[str], folder: Path) -> None:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, env={**os.environ, "PATH": path}
+    )
+    assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout}\n{done.stderr}"
+
+
+def run_line(line: str, folder: Path) -> None:
+    command = shlex.split(line, comments=True)
+    if command[:1] == ["make"]:
+        # Make sees to the environment; what it then calls is run from the one we are in.
+        recipe = subprocess.run(
+            ["make", "--dry-run", *command[1:]],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        assert {"demo": "aptile demo demo", "test": "-m pytest"}[command[1]] in recipe
+        command = ["aptile", "demo", "demo"] if command[1] == "demo" else []
+    if command:
+        run(command, folder)
+
+
+def test_every_block_of_the_readme_runs(tmp_path):
+    kinds = [kind for kind, _ in BLOCKS]
+    assert set(kinds) == {"bash", "python", "yaml"}
+    for kind, text in BLOCKS:
+        if kind == "bash":
+            for line in text.splitlines():
+                run_line(line, tmp_path)
+        elif kind == "python":
+            run([sys.executable, "-W", "error::UserWarning", "-c", text], tmp_path)
+        else:
+            (tmp_path / "config.yaml").write_text(text)
+            load_config(PreprocessConfig, tmp_path / "config.yaml")
+    assert (tmp_path / "tile.png").stat().st_size > 10_000
+
+
+def test_links_between_documents_lead_somewhere():
+    for page in [ROOT / "README.md", *ROOT.glob("docs/**/*.md"), *ROOT.glob("*.md")]:
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_format_page_lists_every_array():
+    layout = StoreLayout("m", ("a",), "uint16", BaseGrid(8, 8, 4, 3), 1, 1, "lz4")
+    table = re.findall(
+        r"^\| `([^`]+)` \| ([^|]+) \| ([^|]+) \| ([^|]+) \|",
+        (ROOT / "docs" / "format.md").read_text(),
+        re.MULTILINE,
+    )
+    listed = {}
+    for name, dims, dtype, fill in table:
+        for size in layout.grid.patch_sizes if "<px>" in name else ("",):
+            listed[name.replace("<px>", str(size))] = (
+                tuple(dims.replace("<px>", str(size)).strip().split(", ")),
+                dtype.strip().replace("the archive's", "uint16"),
+                fill.strip().lower(),
+            )
+    written = {
+        name.removeprefix("m/"): (spec.dims, spec.dtype, str(spec.fill_value).lower())
+        for name, spec in layout.arrays().items()
+    }
+    assert listed == written
+
+
+def settings(model: type[BaseModel], prefix: str = ""):
+    """(key, default, description) of every setting, depth first."""
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from settings(field.annotation, f"{prefix}{name}.")
+        else:
+            default = "required" if field.is_required() else str(field.default)
+            yield f"{prefix}{name}", default, field.description
+
+
+@pytest.mark.parametrize("model", [PreprocessConfig, TrainConfig])
+def test_the_configuration_page_lists_every_setting(model):
+    page = (ROOT / "docs" / "configuration.md").read_text()
+    for key, default, description in settings(model):
+        assert f"| `{key}` | {default} | {description} |" in page
