@@ -17,7 +17,8 @@ from common import arguments, best_seconds, report
 
 from pipeline.archive import open_raster
 from pipeline.grid import BaseGrid
-from pipeline.scores import EntropyScorer
+from pipeline.scorers.config import EntropyConfig
+from pipeline.scorers.entropy import EntropyScorer
 
 BANDS, SCORED = 12, (1, 2, 3)
 
@@ -70,7 +71,7 @@ def main() -> None:
     image = scene(size)
     scored = np.ascontiguousarray(image[list(SCORED)])
     valid = np.ones((tile, tile), np.bool_)
-    scorer = EntropyScorer(32, ((0.0, 10_000.0),) * len(SCORED))
+    scorer = EntropyScorer(EntropyConfig(), ((0.0, 10_000.0),) * len(SCORED))
     grid = BaseGrid(tile // 4, tile // 4, 4, 3)
     starts = range(0, size, tile)
     tiles = [

@@ -25,8 +25,9 @@ from model.data import BatchOrder, BatchStream, TileDataset
 from model.encoder import APTEncoder, EncoderConfig, Size
 from model.objectives import MaskedPrediction, random_masking
 from model.packing import TokenBatch
-from pipeline.config import Frozen, canonical_json
+from pipeline.config import canonical_json
 from pipeline.errors import StoreError
+from pipeline.scorers.config import Frozen
 
 CHECKPOINT, LOSS_FILE, RUN_FILE, ENCODER = (
     "checkpoint.safetensors",

@@ -13,22 +13,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
 from pipeline.errors import ConfigError
 from pipeline.presets import PRESETS
 from pipeline.rules import check_thresholds
+from pipeline.scorers.config import SCORER_NAMES, EntropyConfig, Frozen, Identifier, Scoring
 
-Identifier = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]*$", max_length=64)]
 # Stored as text because JSON has no infinity.
 Threshold = Annotated[float, BeforeValidator(lambda v: float(v) if isinstance(v, str) else v)]
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
-
-
-class Frozen(BaseModel):
-    """Base of every configuration model: immutable, unknown keys refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=True)
 
 
 class ModalityConfig(Frozen):
@@ -70,16 +64,6 @@ class ModalityConfig(Frozen):
                 return tuple(pairs)
 
 
-class ScoringConfig(Frozen):
-    """How a patch is scored."""
-
-    scorer: Literal["entropy"] = Field("entropy", description="Name of the scorer.")
-    bands: tuple[Identifier, ...] | None = Field(
-        None, min_length=1, description="Bands that are scored; every band when not given."
-    )
-    num_bins: int = Field(32, ge=2, le=4096, description="Histogram bins over the value range.")
-
-
 class PartitionConfig(Frozen):
     """How a frame is cut into patches."""
 
@@ -118,7 +102,7 @@ class DataConfig(Frozen):
     """Everything that fixes the bytes of a store."""
 
     modality: ModalityConfig = ModalityConfig()
-    scoring: ScoringConfig = ScoringConfig()
+    scoring: Scoring = EntropyConfig()
     partition: PartitionConfig = PartitionConfig()
     store: StoreConfig = StoreConfig()
 
@@ -137,10 +121,28 @@ class DataConfig(Frozen):
                     "partition.quantile has no effect beside partition.thresholds; give one of them"
                 )
             check_thresholds(
-                rule.thresholds, rule.base_patch_size, rule.num_scales, self.scoring.num_bins
+                rule.thresholds, rule.base_patch_size, self._attainable, num_scales=rule.num_scales
             )
-        _check_scored_bands(self.scoring.bands, self.modality.bands)
+        self._check_scored_bands()
         return self
+
+    def scored_band_names(self) -> tuple[str, ...] | None:
+        """The bands that are scored; None for all of a modality that does not name its bands."""
+        return getattr(self.scoring, "bands", None) or self.modality.bands
+
+    def _attainable(self, patch_size_px: int) -> float | None:
+        scored = self.scored_band_names()
+        return self.scoring.attainable(patch_size_px, len(scored) if scored else 1)
+
+    def _check_scored_bands(self) -> None:
+        scored, bands = self.scored_band_names(), self.modality.bands
+        unknown = [band for band in scored or () if bands is not None and band not in bands]
+        if unknown:
+            raise ValueError(
+                f"scoring.bands names {unknown}; modality.bands has {list(bands or ())}"
+            )
+        if scored is not None:
+            self.scoring.check_bands(len(scored))
 
     def digest(self) -> str:
         """sha256 (hex) of the canonical JSON of every field."""
@@ -224,14 +226,6 @@ def load_config(
         raise ConfigError(_in_words(error, model, label)) from None
 
 
-def _check_scored_bands(scored: tuple[str, ...] | None, bands: tuple[str, ...] | None) -> None:
-    if scored is None or bands is None:
-        return
-    unknown = [band for band in scored if band not in bands]
-    if unknown:
-        raise ValueError(f"scoring.bands names {unknown}; modality.bands has {list(bands)}")
-
-
 def _preset(name: Any) -> dict[str, Any]:
     if name is None:
         return {}
@@ -286,7 +280,8 @@ def _in_words(error: ValidationError, model: type[BaseModel], label: str) -> str
 
 
 def _problem(item: dict[str, Any], model: type[BaseModel], label: str) -> str:
-    path = [str(part) for part in item["loc"]]
+    # The tag of the chosen scorer is no key the user wrote.
+    path = [str(part) for part in item["loc"] if str(part) not in SCORER_NAMES]
     key = ".".join(path)
     if item["type"] == "extra_forbidden":
         known = _known_keys(model, path[:-1])

@@ -40,7 +40,7 @@ class Plan:
     @property
     def scored_bands(self) -> tuple[int, ...]:
         """Indices into `bands` of those that are scored."""
-        return tuple(self.bands.index(b) for b in self.config.scoring.bands or self.bands)
+        return tuple(self.bands.index(b) for b in self.config.scored_band_names() or self.bands)
 
     def shard_tiles(self, shard: int) -> np.ndarray:
         """The tiles of one shard; its slot `i` is frame `shard * shard_capacity + i`."""
@@ -144,9 +144,10 @@ def _refuse_mixture(scenes: Sequence[Scene], what: str, values: Sequence[str]) -
 
 
 def _check_bands_exist(config: DataConfig, scene: Scene) -> None:
-    if config.modality.bands is None and config.scoring.bands is not None:
+    scored = config.scored_band_names()
+    if config.modality.bands is None and scored is not None:
         names = default_bands(scene.num_bands)
-        unknown = [band for band in config.scoring.bands if band not in names]
+        unknown = [band for band in scored if band not in names]
         if unknown:
             raise ArchiveError(
                 f"scoring.bands names {unknown}, but modality.bands is not given and {scene.path} "

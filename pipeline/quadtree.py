@@ -1,5 +1,6 @@
 """Quadtree partitions from score maps, and the one-call interface for a single image."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numba
@@ -9,7 +10,8 @@ from pipeline import segments
 from pipeline.errors import ConfigError
 from pipeline.grid import BaseGrid
 from pipeline.rules import check_thresholds
-from pipeline.scores import score_maps
+from pipeline.scorers.config import ScorerConfig
+from pipeline.scores import score_maps, scorer_config
 
 
 @dataclass(frozen=True)
@@ -44,27 +46,33 @@ def partition_image(
     base_patch_size: int,
     num_scales: int,
     thresholds: tuple[float, ...],
-    bands: tuple[int, ...] | None = None,
-    num_bins: int = 32,
+    bands: Sequence[int] | None = None,
+    num_bins: int | None = None,
     value_range: tuple[float, float] | tuple[tuple[float, float], ...] | None = None,
     valid: np.ndarray | None = None,
-    scorer: str = "entropy",
+    scorer: str | ScorerConfig = "entropy",
 ) -> Partition:
     """Score an image [band, y, x] of any size and partition it; see `pipeline.score_maps`.
 
-    `thresholds` are in the score's unit (bits), fine to coarse, one fewer than scales. Raises
+    `thresholds` are in the score's unit, fine to coarse, one fewer than scales. Raises
     ConfigError for thresholds that cannot be reached and for an integer image without value_range.
     """
-    check_thresholds(thresholds, base_patch_size, num_scales, num_bins)
+    config = scorer_config(scorer, num_bins)
+    num_bands = len(image if bands is None else bands)
+    check_thresholds(
+        thresholds,
+        base_patch_size,
+        lambda size: config.attainable(size, num_bands),
+        num_scales=num_scales,
+    )
     maps = score_maps(
         image,
         base_patch_size=base_patch_size,
         num_scales=num_scales,
         bands=bands,
-        num_bins=num_bins,
         value_range=value_range,
         valid=valid,
-        scorer=scorer,
+        scorer=config,
     )
     rows, cols = maps[0].shape
     grid = BaseGrid(rows, cols, base_patch_size, num_scales)

@@ -5,7 +5,7 @@ split into four of `p` px. A patch is kept while its score is below its threshol
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -16,15 +16,16 @@ DEFAULT_QUANTILE = 0.5
 _KEEP_CONSTANT = float(np.finfo(np.float32).tiny)
 
 
-def attainable_entropy(num_bins: int, patch_size_px: int) -> float:
-    """Largest entropy in bits of a patch: `log2(min(num_bins, pixels))`."""
-    return math.log2(min(num_bins, patch_size_px**2))
-
-
 def check_thresholds(
-    thresholds: Sequence[float], base_patch_size: int, num_scales: int, num_bins: int
+    thresholds: Sequence[float],
+    base_patch_size: int,
+    attainable: Callable[[int], float | None],
+    *,
+    num_scales: int,
 ) -> None:
     """Raise ConfigError for a wrong number of thresholds, NaN, or a finite one no patch can reach.
+
+    `attainable` gives the largest score of a patch of so many px, or None where there is no bound.
 
     Minus infinity (all base cells) and plus infinity (all roots) are allowed.
     """
@@ -35,12 +36,14 @@ def check_thresholds(
         )
     for level, threshold in enumerate(thresholds, start=1):
         size = base_patch_size * 2**level
-        limit = attainable_entropy(num_bins, size)
-        if math.isnan(threshold) or (math.isfinite(threshold) and threshold > limit):
+        if math.isnan(threshold):
+            raise ConfigError(f"thresholds[{level - 1}] is nan; give a number, .inf or -.inf")
+        limit = attainable(size)
+        if limit is not None and limit < threshold < math.inf:
             raise ConfigError(
                 f"thresholds[{level - 1}] is {threshold}; a patch of {size} px scores at most "
-                f"{limit:.4g} bits with {num_bins} bins, so it would never be split; "
-                "give a lower number, or .inf to keep every such patch on purpose"
+                f"{limit:.4g} with this scorer, so it would never be split; give a lower number, or "
+                ".inf to keep every such patch on purpose"
             )
 
 

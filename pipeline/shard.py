@@ -16,7 +16,7 @@ from pipeline.errors import SceneError
 from pipeline.plan import Plan
 from pipeline.quadtree import partition_scales
 from pipeline.rules import DEFAULT_QUANTILE, quantile_thresholds
-from pipeline.scores import EntropyScorer, make_scorer
+from pipeline.scores import countable, make_scorer
 from pipeline.segments import counts_per_scale
 from pipeline.store import DEFAULT_PARTITION, StoreLayout, encode_shard, read_array_metadata
 
@@ -107,9 +107,8 @@ def scene_thresholds(task: ShardTask, scene: Scene) -> list[float]:
     if rule.thresholds is not None:
         return list(rule.thresholds)
     quantile = DEFAULT_QUANTILE if rule.quantile is None else rule.quantile
-    scorer = _scorer(task)
     maps = [
-        scorer.maps(pixels[list(task.scored_bands)], valid, task.layout.grid)
+        _score(task, pixels, valid)
         for pixels, valid in sample_tiles(scene, task.config, _SAMPLE_TILES)
     ]
     return quantile_thresholds(maps, quantile)
@@ -130,8 +129,12 @@ def sample_tiles(
             )
 
 
-def _scorer(task: ShardTask) -> EntropyScorer:
-    return make_scorer(task.config.scoring.scorer, task.config.scoring.num_bins, task.value_ranges)
+def _score(task: ShardTask, pixels: np.ndarray, valid: np.ndarray) -> list[np.ndarray]:
+    """Score maps of one frame, fine to coarse."""
+    scoring, grid = task.config.scoring, task.layout.grid
+    image = np.ascontiguousarray(pixels[list(task.scored_bands)])
+    counted = countable(np.ascontiguousarray(valid), grid, scoring.min_valid_fraction)
+    return make_scorer(scoring, task.value_ranges).maps(image, counted, grid)
 
 
 def _empty_blocks(layout: StoreLayout) -> dict[str, np.ndarray]:
@@ -217,9 +220,7 @@ def _fill_slot(
     blocks[f"{modality}/pixels"][slot] = pixels
     blocks[f"{modality}/valid"][slot] = valid
     blocks[f"{modality}/num_valid"][slot] = np.count_nonzero(valid)
-    maps = _scorer(task).maps(
-        np.ascontiguousarray(pixels[list(task.scored_bands)]), np.ascontiguousarray(valid), grid
-    )
+    maps = _score(task, pixels, valid)
     for size, level_map in zip(grid.patch_sizes, maps, strict=True):
         blocks[f"{modality}/score_{size}"][slot] = level_map
     blocks[f"{modality}/num_cells"][slot] = np.count_nonzero(~np.isnan(maps[0]))

@@ -51,7 +51,7 @@ def test_infinities_survive_canonical_json():
         ("partition: {thresholds: [0.5]}", "3 scales need 2, fine to coarse"),
         (
             "partition: {thresholds: [0.5, 9]}",
-            r"thresholds\[1\] is 9.0; a patch of 16 px .* 5 bits",
+            r"thresholds\[1\] is 9.0; a patch of 16 px .* 5 with",
         ),
         ("partition: {base_patch_size: 5}", "tile_size_px is 128; it must be a multiple .* 20 px"),
         ("partition: {thresholds: [1, 1], quantile: 0.5}", "quantile has no effect beside"),

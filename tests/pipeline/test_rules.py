@@ -8,20 +8,25 @@ from hypothesis.extra import numpy as hnp
 
 from pipeline.grid import BaseGrid
 from pipeline.quadtree import partition_scales
-from pipeline.rules import attainable_entropy, check_thresholds, quantile_thresholds
+from pipeline.rules import check_thresholds, quantile_thresholds
+from pipeline.scorers.config import EntropyConfig
 
 
 @pytest.mark.parametrize(("bins", "size", "bits"), [(32, 2, 2), (32, 4, 4), (32, 8, 5), (16, 8, 4)])
 def test_attainable_entropy(bins, size, bits):
-    assert attainable_entropy(bins, size) == bits
+    assert EntropyConfig(num_bins=bins).attainable(size, num_bands=3) == bits
+
+
+def attainable(size):
+    return EntropyConfig().attainable(size, num_bands=3)
 
 
 def test_a_threshold_at_the_attainable_maximum_is_reachable():
-    check_thresholds([4.0, 5.0], base_patch_size=2, num_scales=3, num_bins=32)
+    check_thresholds([4.0, 5.0], 2, attainable, num_scales=3)
 
 
 def test_infinite_thresholds_are_allowed():
-    check_thresholds([-math.inf, math.inf], base_patch_size=4, num_scales=3, num_bins=32)
+    check_thresholds([-math.inf, math.inf], 4, attainable, num_scales=3)
 
 
 @given(

@@ -32,7 +32,7 @@ def refusal(capsys) -> str:
     [
         (["--set", "partition.treshold=[1]"], "unknown key 'partition.treshold'; did you mean"),
         (["--set", "partition.thresholds=[0.5]"], "has 1 values [0.5]; 3 scales need 2"),
-        (["--set", "partition.thresholds=[0.5, 7]"], "scores at most 5 bits"),
+        (["--set", "partition.thresholds=[0.5, 7]"], "scores at most 5 with"),
         (
             ["--set", "partition.base_patch_size=5"],
             "must be a multiple of the largest patch, 20 px",
