@@ -46,7 +46,7 @@ class EntropyScorer:
         if normalised.
         """
         bins, num_bins = self._bins(image)
-        cell_yx = morton_yx(grid.num_scales - 1)
+        cell_yx = morton_yx(grid.num_scales - 1).astype(np.uintp)
         shapes = [grid.level_shape(s) for s in range(grid.num_scales)]
         offsets = np.cumsum([0, *(rows * cols for rows, cols in shapes)])
         scores = np.empty(offsets[-1], np.float32)
@@ -59,7 +59,7 @@ class EntropyScorer:
             grid.num_scales,
             merge_from,
             cell_yx,
-            np.zeros((num_histograms, num_bins), np.uint32),
+            np.empty((num_histograms, num_bins), _count_type(grid.root_size_px**2)),
             _count_log_count(grid.root_size_px**2),
             self.config.combine == "max",
             _normalizers(grid.root_size_px**2, num_bins, self.config.normalize),
@@ -73,7 +73,7 @@ class EntropyScorer:
         """Bin index of every pixel, uint8 or uint16 [plane, y, x], and the number of bins."""
         num_bins = self.config.num_bins
         if self.config.combine == "gray":
-            weights = np.asarray(self.config.gray_weights, np.float64)
+            weights = np.asarray(self.config.weights, np.float64)
             gray = np.zeros(image.shape[1:])
             for weight, band in zip(weights, image, strict=True):
                 gray += weight * band
@@ -105,9 +105,15 @@ def bin_indices(
 def _first_merged_level(grid: BaseGrid, num_bins: int) -> int:
     """The first level whose cells keep a histogram; finer ones are counted and uncounted."""
     for level, size in enumerate(grid.patch_sizes):
-        if size**2 >= _MERGE_PIXELS_PER_BIN * num_bins:
+        # Cells of one and of four pixels never need a histogram.
+        if size > 2 and size**2 >= _MERGE_PIXELS_PER_BIN * num_bins:
             return level
     return grid.num_scales - 1
+
+
+def _count_type(max_count: int) -> Any:
+    """The smaller the counts, the more of them one instruction adds."""
+    return np.uint16 if max_count <= np.iinfo(np.uint16).max else np.uint32
 
 
 @lru_cache(maxsize=256)
@@ -170,6 +176,11 @@ def _bins_from_edges(plane: np.ndarray, edges: np.ndarray, indices: np.ndarray) 
             indices[y, x] = k
 
 
+# The loops below index with unsigned integers: with signed ones every access would first ask whether
+# the index is negative, which halves the speed.
+Unsigned = Any
+
+
 @numba.njit(nogil=True, cache=True, error_model="numpy")
 def _entropy_of_roots(
     bins: np.ndarray,
@@ -187,48 +198,53 @@ def _entropy_of_roots(
 ) -> None:
     """Fill `scores` (all levels flat, level `s` from `offsets[s]`, row-major inside).
 
-    `cell_yx` [cell, 2] are the positions of one root's nodes of a level in Z-order, in units of the
-    node; `histograms` [cell, bin], zero on entry, is scratch for the nodes of level `merge_from`.
+    `cell_yx` unsigned [cell, 2] are the positions of one root's nodes of a level in Z-order, in units
+    of the node; `histograms` [cell, bin] is scratch for the nodes of level `merge_from`.
     """
-    num_planes, rows, cols = bins.shape
-    root_px = base_patch_size << (num_scales - 1)
+    num_planes = bins.shape[0]
+    rows, cols = np.uintp(bins.shape[1]), np.uintp(bins.shape[2])
+    root_px = np.uintp(base_patch_size << (num_scales - 1))
     # The nodes of a root, level after level: fewer than 4/3 of its base cells.
     node_bits = np.empty(2 * cell_yx.shape[0], np.float64)
     num_valid = np.empty(2 * cell_yx.shape[0], np.int64)
-    weight = 1.0 if keep_largest else 1.0 / num_planes
-    for top in range(0, rows, root_px):
-        for left in range(0, cols, root_px):
-            all_valid = True
-            for y in range(top, top + root_px):
-                for x in range(left, left + root_px):
-                    all_valid &= valid[y, x]
-            node_bits[:] = 0.0
-            for plane in range(num_planes):
-                _nodes_of_root(
-                    bins[plane], valid, all_valid, top, left, base_patch_size, num_scales,
-                    merge_from, cell_yx, histograms, clogc, keep_largest, node_bits, num_valid,
-                )  # fmt: skip
-            node = 0
-            nodes = cell_yx.shape[0]
-            for s in range(num_scales):
-                size = base_patch_size << s
-                for cell in range(nodes):
-                    at = (top // size + cell_yx[cell, 0]) * (cols // size)
-                    at += left // size + cell_yx[cell, 1]
-                    limit = normalizers[num_valid[node + cell]]
-                    bits = node_bits[node + cell] * weight / limit
-                    scores[offsets[s] + at] = np.float32(bits)
-                node += nodes
-                nodes //= 4
+    unit = (1.0 if keep_largest else 1.0 / num_planes) / FIXED_POINT
+    for root in range(np.uintp((rows // root_px) * (cols // root_px))):
+        top = np.uintp(root // (cols // root_px)) * root_px
+        left = np.uintp(root % (cols // root_px)) * root_px
+        all_valid = True
+        for y in range(root_px):
+            for x in range(root_px):
+                all_valid &= valid[top + y, left + x]
+        node_bits[:] = 0.0
+        for plane in range(np.uintp(num_planes)):
+            _nodes_of_root(
+                bins, valid, plane, all_valid, top, left, base_patch_size, num_scales, merge_from,
+                cell_yx, histograms, clogc, keep_largest, node_bits, num_valid,
+            )  # fmt: skip
+        node = np.uintp(0)
+        nodes = np.uintp(cell_yx.shape[0])
+        for s in range(num_scales):
+            size = np.uintp(base_patch_size << s)
+            for cell in range(nodes):
+                y, x = top // size + cell_yx[cell, 0], left // size + cell_yx[cell, 1]
+                at = np.uintp(offsets[s]) + y * (cols // size) + x
+                if size == 1:
+                    scores[at] = 0.0 if valid[y, x] else np.nan
+                else:
+                    limit = normalizers[np.uintp(num_valid[node + cell])]
+                    scores[at] = np.float32(node_bits[node + cell] * unit / limit)
+            node += nodes
+            nodes //= np.uintp(4)
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
 def _nodes_of_root(
     bins: np.ndarray,
     valid: np.ndarray,
+    plane: Unsigned,
     all_valid: bool,
-    top: int,
-    left: int,
+    top: Unsigned,
+    left: Unsigned,
     base_patch_size: int,
     num_scales: int,
     merge_from: int,
@@ -240,102 +256,139 @@ def _nodes_of_root(
     num_valid: np.ndarray,
 ) -> None:
     """Add one plane's entropies to the nodes of one root, or keep the larger of the two."""
-    node = 0
-    nodes = cell_yx.shape[0]
+    node = np.uintp(0)
+    nodes = np.uintp(cell_yx.shape[0])
     for s in range(num_scales):
-        size = base_patch_size << s
-        for cell in range(nodes):
+        size = np.uintp(base_patch_size << s)
+        # One pixel has no entropy; the caller knows.
+        for cell in range(nodes if size > 1 else np.uintp(0)):
             y, x = top + cell_yx[cell, 0] * size, left + cell_yx[cell, 1] * size
-            if s < merge_from and size == 1:
-                # One pixel has no entropy.
-                count, used = np.int64(all_valid or valid[y, x]), np.int64(0)
-            elif s < merge_from:
-                count, used = _count_pixels(
-                    bins, valid, all_valid, y, x, size, histograms[0], clogc
-                )
-                _uncount_pixels(bins, y, x, size, histograms[0])
-            elif s == merge_from:
-                histograms[cell, :] = 0
-                count, used = _count_pixels(
-                    bins, valid, all_valid, y, x, size, histograms[cell], clogc
-                )
-            else:
-                child = node - 4 * nodes + 4 * cell
-                count = (
-                    num_valid[child]
-                    + num_valid[child + 1]
-                    + num_valid[child + 2]
-                    + num_valid[child + 3]
-                )
+            if s > merge_from:
+                child = node - np.uintp(4) * (nodes - cell)
+                count = np.int64(0)
+                for k in range(np.uintp(4)):
+                    count += num_valid[child + k]
                 used = _add_children(histograms, cell, clogc)
+            elif size == 2:
+                count, used = _pairs_of_four(bins, valid, plane, y, x, clogc)
+            else:
+                row = cell if s == merge_from else np.uintp(0)
+                for k in range(np.uintp(histograms.shape[1])):
+                    histograms[row, k] = 0
+                if not all_valid:
+                    count, used = _count_valid(
+                        bins, valid, plane, y, x, size, histograms, row, clogc
+                    )
+                else:
+                    count, used = np.int64(size * size), np.int64(0)
+                    # A fixed number of turns is unrolled.
+                    if size == 4:
+                        for dy in range(np.uintp(4)):
+                            for dx in range(np.uintp(4)):
+                                used += _count_one(
+                                    bins, plane, y + dy, x + dx, histograms, row, clogc
+                                )
+                    else:
+                        for dy in range(size):
+                            for dx in range(size):
+                                used += _count_one(
+                                    bins, plane, y + dy, x + dx, histograms, row, clogc
+                                )
             num_valid[node + cell] = count
-            bits = (clogc[0, count] - used) / count / FIXED_POINT
+            bits = (clogc[0, np.uintp(count)] - used) / count
             if keep_largest:
-                # NaN compares false both ways: a cell without a pixel keeps NaN.
+                # Comparing with NaN is False: a cell without a pixel keeps NaN.
                 larger = node_bits[node + cell] >= bits
                 node_bits[node + cell] = node_bits[node + cell] if larger else bits
             else:
                 node_bits[node + cell] += bits
         node += nodes
-        nodes //= 4
-    # Uncounted levels of the next plane or root start from an empty row.
-    if merge_from > 0:
-        histograms[0, :] = 0
+        nodes //= np.uintp(4)
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
-def _count_pixels(
+def _count_one(
+    bins: np.ndarray,
+    plane: Unsigned,
+    y: Unsigned,
+    x: Unsigned,
+    histograms: np.ndarray,
+    row: Unsigned,
+    clogc: np.ndarray,
+) -> Any:
+    """Count one pixel; by how much it raises the histogram's sum of `c * log2(c)`."""
+    k = np.uintp(bins[plane, y, x])
+    seen = np.uintp(histograms[row, k])
+    histograms[row, k] = seen + np.uintp(1)
+    return clogc[np.uintp(1), seen]
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")
+def _count_valid(
     bins: np.ndarray,
     valid: np.ndarray,
-    all_valid: bool,
-    y0: int,
-    x0: int,
-    size: int,
-    histogram: np.ndarray,
+    plane: Unsigned,
+    top: Unsigned,
+    left: Unsigned,
+    size: Unsigned,
+    histograms: np.ndarray,
+    row: Unsigned,
     clogc: np.ndarray,
 ) -> tuple[Any, Any]:
-    """Count a cell's valid pixels into `histogram`; their number, and the sum of `c * log2(c)`."""
-    used = np.int64(0)
-    count = np.int64(0)
-    if all_valid:
-        for y in range(y0, y0 + size):
-            for x in range(x0, x0 + size):
-                k = np.uint32(bins[y, x])
-                used += clogc[1, histogram[k]]
-                histogram[k] += np.uint32(1)
-        return np.int64(size * size), used
-    for y in range(y0, y0 + size):
-        for x in range(x0, x0 + size):
-            if valid[y, x]:
-                k = np.uint32(bins[y, x])
-                used += clogc[1, histogram[k]]
-                histogram[k] += np.uint32(1)
+    """Count a cell's valid pixels; their number, and the histogram's sum of `c * log2(c)`."""
+    count, used = np.int64(0), np.int64(0)
+    for dy in range(size):
+        for dx in range(size):
+            if valid[top + dy, left + dx]:
+                used += _count_one(bins, plane, top + dy, left + dx, histograms, row, clogc)
                 count += 1
     return count, used
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
-def _uncount_pixels(bins: np.ndarray, y0: int, x0: int, size: int, histogram: np.ndarray) -> None:
-    for y in range(y0, y0 + size):
-        for x in range(x0, x0 + size):
-            histogram[np.uint32(bins[y, x])] = 0
+def _pairs_of_four(
+    bins: np.ndarray,
+    valid: np.ndarray,
+    plane: Unsigned,
+    y: Unsigned,
+    x: Unsigned,
+    clogc: np.ndarray,
+) -> tuple[Any, Any]:
+    """Valid pixels of a 2 x 2 cell, and their sum of `c * log2(c)`, without a histogram.
+
+    The number of equal pairs tells the counts: 0 all differ, 1 one pair, 2 two pairs, 3 three
+    alike, 6 all alike.
+    """
+    one = np.uintp(1)
+    a, b = bins[plane, y, x], bins[plane, y, x + one]
+    c, d = bins[plane, y + one, x], bins[plane, y + one, x + one]
+    va, vb = valid[y, x], valid[y, x + one]
+    vc, vd = valid[y + one, x], valid[y + one, x + one]
+    pairs = np.int64((a == b) & va & vb) + np.int64((a == c) & va & vc)
+    pairs += np.int64((a == d) & va & vd) + np.int64((b == c) & vb & vc)
+    pairs += np.int64((b == d) & vb & vd) + np.int64((c == d) & vc & vd)
+    count = np.int64(va) + np.int64(vb) + np.int64(vc) + np.int64(vd)
+    if pairs <= 2:
+        return count, pairs * clogc[0, 2]
+    return count, clogc[0, 3] if pairs == 3 else clogc[0, 4]
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
-def _add_children(histograms: np.ndarray, cell: int, clogc: np.ndarray) -> Any:
+def _add_children(histograms: np.ndarray, cell: Unsigned, clogc: np.ndarray) -> Any:
     """Put the sum of rows `4 * cell ...` into row `cell`; the sum of its `c * log2(c)`.
 
     In place: a child's row is read before any later cell overwrites it, because `cell <= 4 * cell`.
     """
-    first = 4 * cell
-    for k in range(histograms.shape[1]):
+    first = np.uintp(4) * cell
+    num_bins = np.uintp(histograms.shape[1])
+    for k in range(num_bins):
         histograms[cell, k] = (
             histograms[first, k]
-            + histograms[first + 1, k]
-            + histograms[first + 2, k]
-            + histograms[first + 3, k]
+            + histograms[first + np.uintp(1), k]
+            + histograms[first + np.uintp(2), k]
+            + histograms[first + np.uintp(3), k]
         )
     used = np.int64(0)
-    for k in range(histograms.shape[1]):
-        used += clogc[0, histograms[cell, k]]
+    for k in range(num_bins):
+        used += clogc[np.uintp(0), np.uintp(histograms[cell, k])]
     return used
