@@ -46,28 +46,28 @@ class EntropyScorer:
         if normalised.
         """
         bins, num_bins = self._bins(image)
-        cell_yx = morton_yx(grid.num_scales - 1).astype(np.uintp)
-        shapes = [grid.level_shape(s) for s in range(grid.num_scales)]
-        offsets = np.cumsum([0, *(rows * cols for rows, cols in shapes)])
-        scores = np.empty(offsets[-1], np.float32)
+        shapes, offsets, cell_yx = _level_layout(grid)
         merge_from = _first_merged_level(grid, num_bins)
         num_histograms = 4 ** (grid.num_scales - 1 - merge_from)
+        scores = np.empty(offsets[-1], np.float32)
         _entropy_of_roots(
             bins,
-            np.ascontiguousarray(valid),
+            valid,
+            bool(valid.all()),
             grid.base_patch_size,
             grid.num_scales,
             merge_from,
             cell_yx,
-            np.empty((num_histograms, num_bins), _count_type(grid.root_size_px**2)),
+            np.empty((num_histograms, num_bins), _count_type(grid.root_size_px)),
             _count_log_count(grid.root_size_px**2),
             self.config.combine == "max",
             _normalizers(grid.root_size_px**2, num_bins, self.config.normalize),
             scores,
             offsets,
         )
-        levels = np.split(scores, offsets[1:-1])
-        return [level.reshape(shape) for level, shape in zip(levels, shapes, strict=True)]
+        return [
+            scores[offsets[s] : offsets[s + 1]].reshape(shape) for s, shape in enumerate(shapes)
+        ]
 
     def _bins(self, image: np.ndarray) -> tuple[np.ndarray, int]:
         """Bin index of every pixel, uint8 or uint16 [plane, y, x], and the number of bins."""
@@ -92,16 +92,28 @@ def bin_indices(
 ) -> np.ndarray:
     """uint8 or uint16 [band, y, x]: the histogram bin of every pixel (of invalid ones, any bin)."""
     indices = np.empty(image.shape, np.uint8 if num_bins <= 256 else np.uint16)
-    for band, (low, high) in enumerate(value_ranges):
-        plane = image[band]
-        if plane.dtype.kind in "iu" and plane.dtype.itemsize * 8 <= _TABLE_BITS:
-            table = _bin_table(plane.dtype.str, low, high, num_bins)
-            _bins_from_table(plane.view(np.dtype(f"u{plane.dtype.itemsize}")), table, indices[band])
-        else:
-            _bins_from_edges(plane, np.linspace(low, high, num_bins + 1), indices[band])
+    if image.dtype.kind in "iu" and image.dtype.itemsize * 8 <= _TABLE_BITS:
+        tables = _bin_tables(image.dtype.str, value_ranges, num_bins)
+        _bins_from_tables(image.view(np.dtype(f"u{image.dtype.itemsize}")), tables, indices)
+    else:
+        _bins_from_edges(image, _bin_edges(value_ranges, num_bins), indices)
     return indices
 
 
+def _bin_edges(value_ranges: tuple[tuple[float, float], ...], num_bins: int) -> np.ndarray:
+    """float64 [band, num_bins + 1]."""
+    return np.stack([np.linspace(low, high, num_bins + 1) for low, high in value_ranges])
+
+
+@lru_cache(maxsize=32)
+def _level_layout(grid: BaseGrid) -> tuple[list[tuple[int, int]], np.ndarray, np.ndarray]:
+    """Shape (y, x) of every level, where each begins in a flat array, a root's cells in Z-order."""
+    shapes = [grid.level_shape(s) for s in range(grid.num_scales)]
+    offsets = np.cumsum([0, *(rows * cols for rows, cols in shapes)])
+    return shapes, offsets, morton_yx(grid.num_scales - 1).astype(np.uintp)
+
+
+@lru_cache(maxsize=64)
 def _first_merged_level(grid: BaseGrid, num_bins: int) -> int:
     """The first level whose cells keep a histogram; finer ones are counted and uncounted."""
     for level, size in enumerate(grid.patch_sizes):
@@ -111,18 +123,20 @@ def _first_merged_level(grid: BaseGrid, num_bins: int) -> int:
     return grid.num_scales - 1
 
 
-def _count_type(max_count: int) -> Any:
+def _count_type(root_size_px: int) -> Any:
     """The smaller the counts, the more of them one instruction adds."""
-    return np.uint16 if max_count <= np.iinfo(np.uint16).max else np.uint32
+    return np.uint16 if root_size_px < 256 else np.uint32
 
 
-@lru_cache(maxsize=256)
-def _bin_table(dtype: str, low: float, high: float, num_bins: int) -> np.ndarray:
-    """Bin of every number an 8- or 16-bit type can hold, indexed by its bits read as unsigned."""
+@lru_cache(maxsize=32)
+def _bin_tables(
+    dtype: str, value_ranges: tuple[tuple[float, float], ...], num_bins: int
+) -> np.ndarray:
+    """[band, number]: bin of every number an 8- or 16-bit type holds, by its bits read as unsigned."""
     kind = np.dtype(dtype)
     values = np.arange(2 ** (8 * kind.itemsize), dtype=np.dtype(f"u{kind.itemsize}")).view(kind)
-    edges = np.linspace(low, high, num_bins + 1)
-    bins = np.searchsorted(edges, values, side="right") - 1
+    edges = _bin_edges(value_ranges, num_bins)
+    bins = np.stack([np.searchsorted(row, values, side="right") - 1 for row in edges])
     return np.clip(bins, 0, num_bins - 1).astype(np.uint8 if num_bins <= 256 else np.uint16)
 
 
@@ -147,33 +161,35 @@ def _normalizers(max_count: int, num_bins: int, normalize: bool) -> np.ndarray:
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
-def _bins_from_table(plane: np.ndarray, table: np.ndarray, indices: np.ndarray) -> None:
-    rows, cols = plane.shape
-    for y in range(rows):
-        for x in range(cols):
-            indices[y, x] = table[plane[y, x]]
+def _bins_from_tables(image: np.ndarray, tables: np.ndarray, indices: np.ndarray) -> None:
+    num_bands, rows, cols = image.shape
+    for band in range(num_bands):
+        for y in range(rows):
+            for x in range(cols):
+                indices[band, y, x] = tables[band, image[band, y, x]]
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
-def _bins_from_edges(plane: np.ndarray, edges: np.ndarray, indices: np.ndarray) -> None:
+def _bins_from_edges(image: np.ndarray, edges: np.ndarray, indices: np.ndarray) -> None:
     """Bins by arithmetic, corrected against the edges: rounding may be off by one bin."""
-    rows, cols = plane.shape
-    last = edges.size - 2
-    low, high = edges[0], edges[-1]
-    per_unit = (last + 1) / (high - low)
-    for y in range(rows):
-        for x in range(cols):
-            value = np.float64(plane[y, x])
-            k = 0  # also for NaN, whose pixel is invalid
-            if value >= high:
-                k = last
-            elif value > low:
-                k = min(int((value - low) * per_unit), last)
-                if value < edges[k]:
-                    k -= 1
-                elif k < last and value >= edges[k + 1]:
-                    k += 1
-            indices[y, x] = k
+    num_bands, rows, cols = image.shape
+    last = edges.shape[1] - 2
+    for band in range(num_bands):
+        low, high = edges[band, 0], edges[band, last + 1]
+        per_unit = (last + 1) / (high - low)
+        for y in range(rows):
+            for x in range(cols):
+                value = np.float64(image[band, y, x])
+                k = 0  # also for NaN, whose pixel is invalid
+                if value >= high:
+                    k = last
+                elif value > low:
+                    k = min(int((value - low) * per_unit), last)
+                    if value < edges[band, k]:
+                        k -= 1
+                    elif k < last and value >= edges[band, k + 1]:
+                        k += 1
+                indices[band, y, x] = k
 
 
 # The loops below index with unsigned integers: with signed ones every access would first ask whether
@@ -185,6 +201,7 @@ Unsigned = Any
 def _entropy_of_roots(
     bins: np.ndarray,
     valid: np.ndarray,
+    frame_valid: bool,
     base_patch_size: int,
     num_scales: int,
     merge_from: int,
@@ -212,10 +229,11 @@ def _entropy_of_roots(
         top = np.uintp(root // (cols // root_px)) * root_px
         left = np.uintp(root % (cols // root_px)) * root_px
         all_valid = True
-        for y in range(root_px):
+        for y in range(np.uintp(0) if frame_valid else root_px):
             for x in range(root_px):
                 all_valid &= valid[top + y, left + x]
-        node_bits[:] = 0.0
+        for k in range(np.uintp(node_bits.size)):
+            node_bits[k] = 0.0
         for plane in range(np.uintp(num_planes)):
             _nodes_of_root(
                 bins, valid, plane, all_valid, top, left, base_patch_size, num_scales, merge_from,

@@ -9,7 +9,7 @@ from hypothesis.extra import numpy as hnp
 
 from pipeline import score_maps
 from pipeline.errors import ConfigError
-from pipeline.scorers.entropy import _bin_table, _bins_from_edges
+from pipeline.scorers.entropy import bin_indices
 
 DTYPES = ["uint8", "int8", "uint16", "int16", "int32", "uint32", "float32", "float64"]
 
@@ -173,19 +173,16 @@ def test_bins_by_arithmetic_equal_bins_by_edges(low, span, num_bins, positions):
     edges = np.linspace(low, low + span, num_bins + 1)
     # Values on, just below and just above edges are where arithmetic goes wrong.
     near = list(itertools.chain(edges, np.nextafter(edges, -np.inf), np.nextafter(edges, np.inf)))
-    values = np.array([near + [low + p * span for p in positions]])
-    found = np.empty(values.shape, np.uint16)
-    _bins_from_edges(values, edges, found)
+    values = np.array([[near + [low + p * span for p in positions]]])
+    found = bin_indices(values, ((low, low + span),), num_bins)
     expected = np.clip(np.searchsorted(edges, values, side="right") - 1, 0, num_bins - 1)
     np.testing.assert_array_equal(found, expected)
 
 
 def test_the_top_edge_belongs_to_the_last_bin():
-    table = _bin_table("<u2", 0.0, 10_000.0, 32)
-    assert table[10_000] == 31
-    assert table[9_687] == 30
-    assert table[9_688] == 31
-    assert table[65_535] == 31
+    values = np.array([[[10_000, 9_687, 9_688, 65_535, 0]]], np.uint16)
+    found = bin_indices(values, ((0.0, 10_000.0),), 32)
+    assert found.tolist() == [[[31, 30, 31, 31, 0]]]
 
 
 def test_signed_integers_are_binned_by_value():
