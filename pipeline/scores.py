@@ -9,8 +9,16 @@ from pydantic import TypeAdapter, ValidationError
 
 from pipeline.errors import ConfigError
 from pipeline.grid import BaseGrid, covering_grid, pad_to_grid
-from pipeline.scorers.config import EntropyConfig, ScorerConfig, Scoring
+from pipeline.scorers.config import ScorerConfig, Scoring
 from pipeline.scorers.entropy import EntropyScorer
+from pipeline.scorers.filters import (
+    CannyScorer,
+    GradientScorer,
+    LaplacianScorer,
+    SaliencyScorer,
+    VarianceScorer,
+)
+from pipeline.scorers.patches import ExternalScorer, SpectralAngleScorer, UpsampleErrorScorer
 
 ValueRanges = tuple[tuple[float, float], ...]
 
@@ -71,7 +79,10 @@ def score_maps(
     """
     config = scorer_config(scorer, num_bins)
     image, valid, grid = _as_frame(image, valid, bands, base_patch_size, num_scales)
-    made = make_scorer(config, _ranges_per_band(value_range, image))
+    # Scores that are given have no range to be scaled by.
+    external = config.scorer == "external"
+    ranges = ((0.0, 1.0),) * len(image) if external else _ranges_per_band(value_range, image)
+    made = make_scorer(config, ranges)
     return made.maps(image, countable(valid, grid, config.min_valid_fraction), grid)
 
 
@@ -150,5 +161,13 @@ def _ranges_per_band(value_range: object, image: np.ndarray) -> ValueRanges:
 
 
 SCORERS: dict[str, Any] = {
-    EntropyConfig().scorer: EntropyScorer,
+    "entropy": EntropyScorer,
+    "laplacian": LaplacianScorer,
+    "variance": VarianceScorer,
+    "gradient": GradientScorer,
+    "canny": CannyScorer,
+    "saliency": SaliencyScorer,
+    "upsample_error": UpsampleErrorScorer,
+    "spectral_angle": SpectralAngleScorer,
+    "external": ExternalScorer,
 }

@@ -149,7 +149,7 @@ class CannyConfig(CombiningConfig):
     """Share of the cell's valid pixels that the Canny detector marks as edges."""
 
     scorer: Literal["canny"] = "canny"
-    sigma_px: float = Field(1.0, gt=0, description="Width of the smoothing before the gradient.")
+    sigma_px: float = Field(1.0, ge=0.2, description="Width of the smoothing before the gradient.")
     low: float = Field(
         0.02, gt=0, description="Gradient, in value ranges per px, below which there is no edge."
     )
@@ -206,6 +206,10 @@ class ExternalConfig(ScorerConfig):
     statistic: Literal["mean", "max"] = Field(
         "mean", description="Of the pixels' scores in a cell."
     )
+
+    def check_bands(self, num_bands: int) -> None:
+        if num_bands != 1:
+            raise ValueError(f"external scores are one plane, not {num_bands}")
 
 
 SCORER_NAMES = (
