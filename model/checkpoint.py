@@ -18,6 +18,10 @@ from torch import Tensor
 from pipeline.errors import StoreError
 
 _STATE = "aptile_state"
+# What a file can raise that is damaged, or was never ours.
+_DAMAGE = (
+    OSError, SafetensorError, ValueError, KeyError, TypeError, IndexError, RecursionError,
+)  # fmt: skip
 
 
 class SafetensorsCheckpointIO(CheckpointIO):
@@ -44,26 +48,18 @@ class SafetensorsCheckpointIO(CheckpointIO):
         Path(path).unlink(missing_ok=True)
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """The nested state of a checkpoint; StoreError if the file is not one."""
+def read_checkpoint(path: Path, with_tensors: bool = True) -> dict[str, Any]:
+    """The nested state of a checkpoint; StoreError if the file is not one.
+
+    Without tensors only the file's header is read, and their names stand in their place.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             state = json.loads((file.metadata() or {})[_STATE])
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        return dict(_put_tensors(state, tensors))
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError, IndexError) as error:
-        reason = " ".join(str(error).split())
-        raise StoreError(
-            f"{path}: not a checkpoint of aptile ({reason:.200}); remove it to train from the start"
-        ) from None
-
-
-def read_state(path: Path) -> dict[str, Any]:
-    """Like `read_checkpoint`, but tensors stay references: only the header is read."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return dict(_put_tensors(json.loads((file.metadata() or {})[_STATE]), None))
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError, IndexError) as error:
+            names = file.keys() if with_tensors else []
+            tensors = {name: file.get_tensor(name) for name in names}
+        return dict(_put_tensors(state, tensors if with_tensors else None))
+    except _DAMAGE as error:
         reason = " ".join(str(error).split())
         raise StoreError(
             f"{path}: not a checkpoint of aptile ({reason:.200}); remove it to train from the start"

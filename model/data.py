@@ -14,17 +14,23 @@ from torch.utils.data import Dataset
 
 from model.packing import TokenBatch, pack
 from pipeline.errors import ConfigError
+from pipeline.partitions import DEFAULT_PARTITION
 from pipeline.store import Store, Tile, open_store
 
 
 class TileDataset(Dataset[Tile]):
-    """The committed tiles of one modality of a store.
+    """The committed tiles of one modality of a store, cut by one of its partitions.
 
     `dataset[i]` is a tile with everything decoded; `dataset.batch([...])` reads several tiles
     concurrently and packs them. Reading needs neither rasterio nor dask nor numba.
     """
 
-    def __init__(self, store: Store | str | Path, modality: str | None = None) -> None:
+    def __init__(
+        self,
+        store: Store | str | Path,
+        modality: str | None = None,
+        partition: str = DEFAULT_PARTITION,
+    ) -> None:
         self.store = store if isinstance(store, Store) else open_store(store)
         self.modality = modality if modality is not None else self.store.modalities[0]
         if self.modality not in self.store.modalities:
@@ -32,6 +38,8 @@ class TileDataset(Dataset[Tile]):
                 f"{self.store.path} has no modality {self.modality!r}; "
                 f"it has {', '.join(self.store.modalities)}"
             )
+        self.store.check_partition(self.modality, partition)
+        self.partition = partition
         column = self.store.manifest[self.modality].combine_chunks()
         self._ids: list[str] = self.store.manifest["id"].to_pylist()
         self._frame_start = column.field("frame_start").to_numpy()
@@ -41,7 +49,7 @@ class TileDataset(Dataset[Tile]):
         return len(self._ids)
 
     def __getitem__(self, index: int) -> Tile:
-        return self.store.tile(self._ids[index], self.modality)
+        return self.store.tile(self._ids[index], self.modality, self.partition)
 
     def batch(self, indices: Sequence[int] | np.ndarray) -> TokenBatch:
         """The tiles of these rows of the manifest, packed in the order given."""
@@ -51,7 +59,7 @@ class TileDataset(Dataset[Tile]):
             [np.arange(self._frame_start[tile], self._frame_start[tile] + n)
              for tile, n in zip(tiles, frames_per_tile, strict=True)]
         )  # fmt: skip
-        read = self.store.read_frames(self.modality, frames)
+        read = self.store.read_frames(self.modality, frames, self.partition)
         return pack(read, frames_per_tile, tiles, self.store.layouts[self.modality].grid)
 
 

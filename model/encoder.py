@@ -10,6 +10,7 @@ from typing import Literal, Self
 
 import torch
 from pydantic import Field, ValidationError
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -33,7 +34,7 @@ SIZES: dict[str, tuple[int, int]] = {
 }
 HEAD_WIDTH = 64
 MLP_RATIO = 4
-_WEIGHTS, _CONFIG = "model.safetensors", "config.json"
+WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
 
 
 class EncoderConfig(Frozen):
@@ -132,21 +133,21 @@ class APTEncoder(nn.Module):
         return self.merge(base_MD, batch)
 
     def save_pretrained(self, folder: Path) -> None:
-        """Write `model.safetensors` and `config.json` into `folder`."""
+        """Write `model.safetensors` and then `config.json` into `folder`."""
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(self.state_dict(), folder / _WEIGHTS)
+        save_file(self.state_dict(), folder / WEIGHTS_FILE)
         text = json.dumps(json.loads(canonical_json(self.config.model_dump())), indent=2)
-        (folder / _CONFIG).write_text(text + "\n")
+        (folder / CONFIG_FILE).write_text(text + "\n")
 
     @classmethod
     def from_pretrained(cls, folder: Path) -> Self:
         """The encoder written by `save_pretrained`; ConfigError if its files are not one."""
         try:
-            config = EncoderConfig.model_validate_json((folder / _CONFIG).read_bytes())
-            weights = load_file(folder / _WEIGHTS)
+            config = EncoderConfig.model_validate_json((folder / CONFIG_FILE).read_bytes())
+            weights = load_file(folder / WEIGHTS_FILE)
             encoder = cls(config)
             encoder.load_state_dict(weights)
-        except (OSError, ValidationError, RuntimeError) as error:
+        except (OSError, ValidationError, RuntimeError, SafetensorError) as error:
             reason = " ".join(str(error).split())
             raise ConfigError(f"{folder}: not a saved encoder: {reason:.300}") from None
         return encoder

@@ -20,9 +20,9 @@ from lightning.pytorch.callbacks import Callback
 from pydantic import Field, model_validator
 
 from model.attention import choose_attention
-from model.checkpoint import SafetensorsCheckpointIO, read_state
+from model.checkpoint import SafetensorsCheckpointIO, read_checkpoint
 from model.data import BatchOrder, BatchStream, TileDataset
-from model.encoder import APTEncoder, EncoderConfig, Size
+from model.encoder import CONFIG_FILE, APTEncoder, EncoderConfig, Size
 from model.objectives import MaskedPrediction, random_masking
 from model.packing import TokenBatch
 from pipeline.config import canonical_json
@@ -126,6 +126,12 @@ class RunFiles(Callback):
         self._writer.writerow(_LOSS_COLUMNS)
         self._writer.writerows(kept)
 
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: TokenBatch, batch_idx: int
+    ) -> None:
+        # At the end of the batch the schedule has moved on already.
+        self._rate = trainer.optimizers[0].param_groups[0]["lr"]
+
     def on_train_batch_end(
         self,
         trainer: pl.Trainer,
@@ -135,8 +141,7 @@ class RunFiles(Callback):
         batch_idx: int,
     ) -> None:
         loss = float(outputs["loss"])
-        rate = trainer.optimizers[0].param_groups[0]["lr"]
-        self._writer.writerow((trainer.global_step - 1, loss, outputs["tokens"], rate))
+        self._writer.writerow((trainer.global_step - 1, loss, outputs["tokens"], self._rate))
         self.observer(trainer.global_step, loss)
         if trainer.global_step % self.every == 0:
             self._file.flush()
@@ -167,7 +172,7 @@ def train(
     _claim_folder(out, config, encoder, dataset.store.digest)
     done = _steps_done(out)
     # A run that was killed between its last checkpoint and its export still lacks the encoder.
-    if done < config.steps or not (out / ENCODER).exists():
+    if done < config.steps or not (out / ENCODER / CONFIG_FILE).exists():
         _fit(dataset, out, config, encoder, done, observer)
     losses = [float(row[1]) for row in _loss_rows(out)]
     tenth = max(1, len(losses) // 10)
@@ -251,7 +256,7 @@ def _what_differs(found: Any, wanted: dict[str, Any]) -> str:
 
 def _steps_done(out: Path) -> int:
     path = out / CHECKPOINT
-    return int(read_state(path)["global_step"]) if path.exists() else 0
+    return int(read_checkpoint(path, with_tensors=False)["global_step"]) if path.exists() else 0
 
 
 def _loss_rows(out: Path) -> list[list[str]]:

@@ -1,0 +1,275 @@
+"""Laws of the encoder: packing, missing data and merging change nothing they should not change."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from torch.testing import assert_close
+
+from model.embed import CompositeEncoding, PixelNormalization
+from model.encoder import APTEncoder, EncoderConfig
+from pipeline.errors import ConfigError
+
+
+def one_by_one(encoder, tiles):
+    return [encoder(tiles.select([tile]).pack()) for tile in range(tiles.num_tiles)]
+
+
+def gradients(encoder, outputs):
+    """By parameter, of a fixed function of the tokens; its value does not grow with their number."""
+    tokens = torch.cat(outputs)
+    weights = torch.linspace(-1, 1, tokens.numel()).view_as(tokens)
+    loss = (tokens * weights).sum() / max(len(tokens), 1)
+    return dict(
+        zip(
+            dict(encoder.named_parameters()),
+            torch.autograd.grad(loss, list(encoder.parameters()), materialize_grads=True),
+            strict=True,
+        )
+    )
+
+
+@settings(max_examples=60)
+@given(data=st.data())
+def test_packed_tiles_come_out_as_if_alone(data, tilesets, make_encoder):
+    tiles = data.draw(tilesets)
+    encoder = make_encoder(tiles.grid.base_patch_size)
+    packed, alone = [encoder(tiles.pack())], one_by_one(encoder, tiles)
+    assert_close(packed[0], torch.cat(alone), rtol=0, atol=1e-5)
+    if len(packed[0]):
+        assert_close(gradients(encoder, packed), gradients(encoder, alone), rtol=1e-5, atol=1e-5)
+
+
+@settings(max_examples=60)
+@given(data=st.data())
+def test_the_order_of_tiles_only_orders_the_tokens(data, tilesets, make_encoder):
+    tiles = data.draw(tilesets)
+    order = data.draw(st.permutations(range(tiles.num_tiles)))
+    encoder = make_encoder(tiles.grid.base_patch_size)
+    batch = tiles.pack()
+    parts = encoder(batch).split(batch.cu_seqlens.diff().tolist())
+    expected = torch.cat([parts[tile] for tile in order])
+    assert_close(encoder(tiles.select(order).pack()), expected, rtol=0, atol=1e-5)
+
+
+@settings(max_examples=60)
+@given(data=st.data(), junk=st.integers(0, 65535))
+def test_invalid_pixels_change_nothing(data, junk, tilesets, make_encoder):
+    tiles = data.draw(tilesets)
+    pixels = np.where(tiles.frames.valid[:, None], tiles.frames.pixels, np.uint16(junk))
+    encoder = make_encoder(tiles.grid.base_patch_size)
+    assert torch.equal(encoder(tiles.with_pixels(pixels).pack()), encoder(tiles.pack()))
+
+
+@settings(max_examples=60)
+@given(data=st.data(), junk=st.sampled_from([np.nan, np.inf, -np.inf, 3e38]))
+def test_invalid_pixels_of_any_float_change_no_output_and_no_gradient(
+    data, junk, tilesets, make_encoder
+):
+    tiles = data.draw(tilesets)
+    clean = tiles.with_pixels(tiles.frames.pixels.astype(np.float32))
+    dirty = tiles.with_pixels(
+        np.where(tiles.frames.valid[:, None], clean.frames.pixels, np.float32(junk))
+    )
+    encoder = make_encoder(tiles.grid.base_patch_size)
+    before, after = encoder(clean.pack()), encoder(dirty.pack())
+    assert torch.equal(after, before)
+    if len(before):
+        of_clean, of_dirty = gradients(encoder, [before]), gradients(encoder, [after])
+        assert all(torch.equal(of_dirty[name], of_clean[name]) for name in of_clean)
+
+
+@settings(max_examples=60)
+@given(data=st.data(), junk=st.sampled_from([0.0, np.nan, np.inf]))
+def test_only_valid_pixels_have_a_gradient(data, junk, tilesets, make_encoder):
+    tiles = data.draw(tilesets)
+    batch = tiles.with_pixels(tiles.frames.pixels.astype(np.float32)).pack()
+    invalid = ~batch.valid[:, None].expand_as(batch.values)
+    values = batch.values.masked_fill(invalid, junk).requires_grad_()
+    out = make_encoder(tiles.grid.base_patch_size)(replace(batch, values=values))
+    (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
+    assert not values.grad[invalid].any()
+    assert values.grad[~invalid].ne(0).float().mean() > 0.9 or not len(out)
+
+
+@settings(max_examples=60)
+@given(data=st.data())
+def test_missing_leaves_change_nothing_however_they_are_cut(data, tilesets, make_encoder):
+    """Other numbers below them, or four missing quarters in place of one: the same bits come out."""
+    tiles = data.draw(tilesets)
+    pixels = tiles.frames.pixels.copy()
+    for frame, leaves in enumerate(tiles.leaves):
+        for leaf in leaves:
+            if leaf.missing:
+                pixels[frame][:, *leaf.window(tiles.grid.base_patch_size)] += 1
+    cut = [[part for leaf in leaves for part in quarters(leaf)] for leaves in tiles.leaves]
+    encoder = make_encoder(tiles.grid.base_patch_size)
+    expected = encoder(tiles.pack())
+    assert torch.equal(encoder(tiles.with_pixels(pixels).with_leaves(cut).pack()), expected)
+
+
+def quarters(leaf):
+    if leaf.missing and leaf.scale:
+        return [replace(child, missing=True) for child in leaf.children()]
+    return [leaf]
+
+
+def test_an_invalid_pixel_differs_from_a_valid_one_in_the_middle_of_the_range(make_encoder):
+    """Both become 0 when scaled; the encoder still tells them apart."""
+    pixels = torch.zeros(1, 3, 2, 2)
+    valid = torch.ones(1, 2, 2, dtype=torch.bool)
+    one_invalid = valid.clone()
+    one_invalid[0, 1, 0] = False
+    embedding = make_encoder().embedding
+    assert not torch.equal(embedding(pixels, valid), embedding(pixels, one_invalid))
+
+
+def test_valid_pixels_of_one_tile_change_that_tile_alone(make_tiles, make_encoder):
+    tiles = make_tiles(tiles=[(2, 0.2), (1, 0.2), (2, 0.2)])
+    pixels = tiles.frames.pixels.copy()
+    pixels[2] += 1
+    batch, encoder = tiles.pack(), make_encoder()
+    changed = (encoder(batch) != encoder(tiles.with_pixels(pixels).pack())).any(1)
+    begin, end = batch.cu_seqlens[1:3].tolist()
+    expected = torch.zeros(batch.num_tokens, dtype=torch.bool)
+    expected[begin:end] = True
+    assert torch.equal(changed, expected)
+
+
+def test_without_coarse_leaves_the_model_is_the_uniform_model(make_tiles, make_encoder):
+    """Bit for bit: patches of one size, embedded and encoded, then the blocks; no merge."""
+    batch = make_tiles(split_share=1.0, tiles=[(2, 0.0), (1, 0.3)]).pack()
+    assert not batch.scales.any()
+    encoder = make_encoder()
+    patches = encoder.embedding(encoder.normalization(batch.values, batch.valid), batch.valid)
+    y, x, _, timestep = batch.positions.unbind(1)
+    uniform = patches + encoder.encoding(y, x, timestep)
+    assert torch.equal(encoder.tokens(batch), uniform)
+    expected = encoder.stack(uniform, batch.cu_seqlens, batch.max_seqlen)
+    assert torch.equal(encoder(batch), expected)
+
+
+def test_a_fresh_coarse_token_is_the_mean_of_its_base_tokens(make_tiles, make_encoder):
+    tiles = make_tiles(split_share=0.5)
+    whole = [[part for leaf in leaves for part in base_leaves(leaf)] for leaves in tiles.leaves]
+    encoder = APTEncoder(make_encoder().config)
+    base = encoder.tokens(tiles.with_leaves(whole).pack())
+    lengths = [4**leaf.scale for _, leaf in tiles.present()]
+    means = torch.stack([rows.mean(0) for rows in base.split(lengths)])
+    assert max(lengths) == 16
+    assert_close(encoder.tokens(tiles.pack()), means, rtol=0, atol=1e-5)
+
+
+def base_leaves(leaf):
+    if leaf.scale == 0:
+        return [leaf]
+    return [
+        part
+        for child in leaf.children()
+        for part in base_leaves(replace(child, missing=leaf.missing))
+    ]
+
+
+def test_a_tile_without_tokens_goes_through_forward_and_backward(make_tiles, make_encoder):
+    batch = make_tiles(tiles=[(1, 1.0), (2, 0.0), (1, 1.0)]).pack()
+    assert (batch.cu_seqlens.diff() > 0).tolist() == [False, True, False]
+    encoder = make_encoder()
+    out = encoder(batch)
+    assert out.isfinite().all()
+    assert all(g.isfinite().all() for g in gradients(encoder, [out]).values())
+
+
+@pytest.mark.parametrize("column", [0, 1, 3], ids=["y", "x", "timestep"])
+def test_where_and_when_a_token_is_matters(make_encoder, column):
+    place = torch.zeros(4, 1)
+    elsewhere = place.clone()
+    elsewhere[column] = 1
+    encoding = make_encoder().encoding
+    here, there = (encoding(y, x, t) for y, x, _, t in (place, elsewhere))
+    assert not torch.equal(here, there)
+
+
+def test_positions_are_metres_whatever_the_cell_size():
+    fine, coarse = (CompositeEncoding(64, metres).eval() for metres in (20.0, 40.0))
+    fine.load_state_dict(coarse.state_dict())
+    y, x, timestep = torch.randint(0, 50, (3, 30), generator=torch.Generator().manual_seed(0))
+    assert_close(fine(2 * y, 2 * x, timestep), coarse(y, x, timestep))
+
+
+def test_pixels_are_scaled_to_one_over_each_bands_range():
+    values = torch.tensor([[0.0, 100.0], [5.0, 150.0], [10.0, 200.0], [10.0, 200.0]])
+    valid = torch.tensor([True, True, True, False])
+    scaled = PixelNormalization(((0.0, 10.0), (100.0, 200.0)))(
+        values[:, :, None, None], valid[:, None, None]
+    )
+    expected = [[-1.0, -1.0], [0.0, 0.0], [1.0, 1.0], [0.0, 0.0]]
+    assert scaled[:, :, 0, 0].tolist() == expected
+
+
+def test_a_saved_encoder_comes_back_the_same(make_tiles, make_encoder, tmp_path):
+    encoder, batch = make_encoder(), make_tiles().pack()
+    encoder.save_pretrained(tmp_path / "new" / "encoder")
+    again = APTEncoder.from_pretrained(tmp_path / "new" / "encoder")
+    assert again.config == encoder.config
+    assert torch.equal(again(batch), encoder(batch))
+
+
+def drop_weights(folder):
+    (folder / "model.safetensors").unlink()
+
+
+def drop_config(folder):
+    (folder / "config.json").unlink()
+
+
+def cut_weights(folder):
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+
+
+def foreign_weights(folder):
+    save_file({"something": torch.zeros(3)}, folder / "model.safetensors")
+
+
+def config_of_another_size(folder):
+    config = folder / "config.json"
+    config.write_text(config.read_text().replace('"width": 64', '"width": 128'))
+
+
+def config_not_json(folder):
+    (folder / "config.json").write_text("width: 64")
+
+
+def unknown_key(folder):
+    config = folder / "config.json"
+    config.write_text(config.read_text().replace('"width"', '"breadth"'))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        drop_weights,
+        drop_config,
+        cut_weights,
+        foreign_weights,
+        config_of_another_size,
+        config_not_json,
+        unknown_key,
+    ],
+)
+def test_a_broken_folder_is_named(damage, make_encoder, tmp_path):
+    make_encoder().save_pretrained(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(ConfigError, match="not a saved encoder") as refused:
+        APTEncoder.from_pretrained(tmp_path)
+    assert str(tmp_path) in str(refused.value)
+
+
+@pytest.mark.parametrize("width", [0, 32, 96])
+def test_a_width_that_is_no_number_of_heads_is_refused(width):
+    with pytest.raises(ValueError, match="width"):
+        EncoderConfig(width=width, value_range=((0, 1),), base_patch_size=2)

@@ -1,0 +1,240 @@
+"""Masking, targets and the loss of masked prediction."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+from model.objectives import TARGET_WIDTH, MaskedPrediction, patch_discrimination, random_masking
+from model.packing import cumulative_lengths
+
+
+@pytest.fixture
+def batch(make_tiles):
+    return make_tiles().pack()
+
+
+@pytest.fixture
+def objective(make_encoder):
+    torch.manual_seed(2)
+    return MaskedPrediction(make_encoder())
+
+
+def with_lengths(batch, lengths):
+    """A batch of which masking sees the tiles' token counts only."""
+    return replace(
+        batch,
+        cu_seqlens=cumulative_lengths(torch.tensor(lengths)),
+        scales=torch.zeros(sum(lengths), dtype=torch.uint8),
+    )
+
+
+def hidden_rows(batch, masking):
+    """bool [M]: base rows that belong to hidden tokens."""
+    hidden = torch.zeros(batch.num_tokens, dtype=torch.bool)
+    hidden[masking.hidden] = True
+    return hidden.repeat_interleave(4 ** batch.scales.long())
+
+
+def targets_alike(n, seed=0):
+    return torch.randn(n, TARGET_WIDTH, generator=torch.Generator().manual_seed(seed))
+
+
+@given(
+    lengths=st.lists(st.integers(0, 40), min_size=1, max_size=5),
+    share=st.floats(0.01, 0.99),
+    seed=st.integers(0, 2**32),
+)
+def test_masking_parts_every_tiles_tokens_in_two(batch, lengths, share, seed):
+    masking = random_masking(with_lengths(batch, lengths), share, (seed, 0))
+    both = torch.cat([masking.visible, masking.hidden])
+    assert both.sort().values.tolist() == list(range(sum(lengths)))
+    assert (masking.visible_per_tile + masking.hidden_per_tile).tolist() == lengths
+    for tokens, counts in (
+        (masking.visible, masking.visible_per_tile),
+        (masking.hidden, masking.hidden_per_tile),
+    ):
+        assert tokens.tolist() == sorted(tokens.tolist())
+        tile = np.searchsorted(np.cumsum(lengths), tokens.numpy(), side="right")
+        assert np.bincount(tile, minlength=len(lengths)).tolist() == counts.tolist()
+
+
+@given(length=st.integers(0, 60), share=st.floats(0.01, 0.99), seed=st.integers(0, 2**32))
+def test_masking_hides_its_share_but_never_all_and_never_none(batch, length, share, seed):
+    hidden = len(random_masking(with_lengths(batch, [length]), share, (seed,)).hidden)
+    if length < 2:
+        assert hidden == 0
+    else:
+        assert hidden == min(max(round(length * share), 1), length - 1)
+
+
+@given(seed=st.tuples(st.integers(0, 2**32), st.integers(0, 2**32)))
+def test_masking_is_a_function_of_the_seed_alone(batch, seed):
+    many = with_lengths(batch, [30, 40])
+    first, again = random_masking(many, 0.5, seed), random_masking(many, 0.5, seed)
+    assert torch.equal(first.hidden, again.hidden)
+    other = random_masking(many, 0.5, (seed[0], seed[1] + 1))
+    assert not torch.equal(first.hidden, other.hidden)
+
+
+def test_every_token_is_hidden_about_as_often_as_any_other(batch):
+    tile = with_lengths(batch, [5, 20])
+    times = torch.zeros(25)
+    for step in range(400):
+        times[random_masking(tile, 0.4, (0, step)).hidden] += 1
+    assert_close(times / 400, torch.full((25,), 0.4), rtol=0, atol=0.15)
+
+
+def test_perfect_predictions_cost_next_to_nothing():
+    targets = targets_alike(30)
+    assert patch_discrimination(targets, targets, [10, 20]) < 0.05
+
+
+def test_predictions_that_say_nothing_cost_the_log_of_the_choices():
+    nothing = torch.zeros(30, TARGET_WIDTH)
+    chance = (10 * math.log(10) + 20 * math.log(20)) / 30
+    assert_close(patch_discrimination(nothing, targets_alike(30), [10, 20]).item(), chance)
+
+
+def test_wrong_predictions_cost_more_than_chance():
+    targets = targets_alike(20)
+    assert patch_discrimination(targets.roll(1, 0), targets, [20]) > math.log(20) + 1
+
+
+def test_the_loss_is_the_mean_over_hidden_tokens_not_tiles():
+    predicted, targets = targets_alike(12, 1), targets_alike(12, 2)
+    alone = [
+        patch_discrimination(p, t, [len(p)])
+        for p, t in zip(predicted.split([2, 10]), targets.split([2, 10]), strict=True)
+    ]
+    together = patch_discrimination(predicted, targets, [2, 0, 10])
+    assert_close(together, (2 * alone[0] + 10 * alone[1]) / 12)
+
+
+def test_only_tokens_of_the_same_tile_are_alternatives():
+    predicted, targets = targets_alike(8, 1), targets_alike(8, 2)
+    before = patch_discrimination(predicted, targets, [4, 4])
+    # Were the other tile's targets alternatives, these copies would draw the predictions away.
+    twice = torch.cat([predicted, predicted]), torch.cat([targets, targets])
+    assert_close(patch_discrimination(*twice, [4, 4, 4, 4]), before)
+
+
+def test_nothing_hidden_costs_nothing():
+    nothing = torch.zeros(0, TARGET_WIDTH, requires_grad=True)
+    loss = patch_discrimination(nothing, nothing.detach(), [0, 0])
+    loss.backward()
+    assert loss.item() == 0
+
+
+@settings(max_examples=40)
+@given(data=st.data())
+def test_predictions_cannot_depend_on_the_pixels_to_predict(data, tilesets, make_encoder):
+    batch = data.draw(tilesets).pack()
+    torch.manual_seed(3)
+    objective = MaskedPrediction(make_encoder(batch.grid.base_patch_size))
+    masking = random_masking(batch, 0.5, (0, 0))
+    rows = hidden_rows(batch, masking)
+    values = torch.from_numpy(np.where(rows[:, None, None, None], 7, batch.values.numpy()))
+    changed = replace(batch, values=values, valid=batch.valid ^ rows[:, None, None])
+    before, after = objective.predict(batch, masking), objective.predict(changed, masking)
+    assert before.shape == (len(masking.hidden), TARGET_WIDTH)
+    assert torch.equal(before, after)
+
+
+def test_predictions_depend_on_visible_pixels_and_on_no_hidden_ones(batch, objective):
+    masking = random_masking(batch, 0.5, (0, 0))
+    values = torch.from_numpy(batch.values.numpy().astype(np.float32)).requires_grad_()
+    objective.predict(replace(batch, values=values), masking).square().sum().backward()
+    touched = values.grad.flatten(1).any(1)
+    has_valid_pixel = batch.valid.flatten(1).any(1)
+    assert torch.equal(touched, ~hidden_rows(batch, masking) & has_valid_pixel)
+
+
+def test_the_predictor_is_told_the_centre_of_every_leaf(make_tiles, objective):
+    tiles = make_tiles()
+    owner = tiles.tile_and_timestep
+    centres = torch.tensor(
+        [[*np.mean(leaf.cells(), axis=0), owner[frame][1]] for frame, leaf in tiles.present()],
+        dtype=torch.float32,
+    )
+    expected = objective.encoder.encoding(*centres.unbind(1))
+    assert_close(objective._token_encoding(tiles.pack()), expected)
+
+
+def test_targets_are_the_projected_mean_patch_centred_per_tile(make_tiles, objective):
+    tiles = make_tiles()
+    batch, p = tiles.pack(), tiles.grid.base_patch_size
+    low, span = objective.encoder.normalization.low_C11, objective.encoder.normalization.span_C11
+    projected = []
+    for frame, leaf in tiles.present():
+        window = leaf.window(p)
+        pixels = torch.from_numpy(tiles.frames.pixels[frame][:, *window].astype(np.float32))
+        valid = torch.from_numpy(tiles.frames.valid[frame][window])
+        scaled = torch.where(valid, 2 * (pixels - low) / span - 1, 0)
+        patches = scaled.unfold(1, p, p).unfold(2, p, p).mean((1, 2))
+        projected.append(objective.target_projection(patches.flatten()))
+    parts = torch.stack(projected).split(batch.cu_seqlens.diff().tolist())
+    expected = torch.cat([part - part.mean(0) for part in parts])
+    assert_close(objective.targets(batch), expected, rtol=0, atol=1e-5)
+
+
+def test_invalid_pixels_change_no_target(make_tiles, objective):
+    tiles = make_tiles()
+    pixels = tiles.frames.pixels.astype(np.float32)
+    dirty = np.where(tiles.frames.valid[:, None], pixels, np.float32(np.nan))
+    targets = objective.targets(tiles.with_pixels(pixels).pack())
+    assert torch.equal(objective.targets(tiles.with_pixels(dirty).pack()), targets)
+
+
+def test_the_gradient_reaches_all_but_the_target_projection(batch, objective):
+    objective(batch, random_masking(batch, 0.5, (0, 0))).backward()
+    without = [name for name, p in objective.named_parameters() if p.grad is None]
+    assert without == ["target_projection.weight"]
+    assert all(p.grad.isfinite().all() for p in objective.parameters() if p.grad is not None)
+    assert not objective.target_projection.weight.requires_grad
+
+
+def test_the_loss_of_a_fresh_model_is_about_chance(make_encoder, make_tiles):
+    torch.manual_seed(4)
+    batch = make_tiles(tiles=[(3, 0.0)], split_share=1.0).pack()
+    masking = random_masking(batch, 0.5, (0, 0))
+    loss = MaskedPrediction(make_encoder())(batch, masking).item()
+    assert loss == pytest.approx(math.log(len(masking.hidden)), abs=0.7)
+
+
+def test_targets_give_no_loss_where_they_are_predicted(batch, objective):
+    masking = random_masking(batch, 0.5, (0, 0))
+    targets = objective.targets(batch)[masking.hidden]
+    per_tile = masking.hidden_per_tile.tolist()
+    perfect = patch_discrimination(targets, targets, per_tile)
+    shuffled = patch_discrimination(targets.roll(1, 0), targets, per_tile)
+    assert perfect < 0.5
+    assert shuffled > perfect + 1
+
+
+@pytest.mark.parametrize("missing", [[1.0, 0.2], [0.2, 1.0, 0.2], [1.0, 1.0]])
+def test_tiles_without_tokens_go_through_masking_loss_and_backward(make_tiles, objective, missing):
+    batch = make_tiles(tiles=[(1, share) for share in missing]).pack()
+    masking = random_masking(batch, 0.5, (0, 0))
+    loss = objective(batch, masking)
+    loss.backward()
+    assert loss.isfinite()
+    assert all(p.grad.isfinite().all() for p in objective.parameters() if p.grad is not None)
+
+
+def test_an_empty_tile_changes_nothing_for_the_others(make_tiles, objective):
+    tiles = make_tiles(tiles=[(2, 0.2), (1, 1.0)])
+    with_empty, without = tiles.pack(), tiles.select([0]).pack()
+    masking = random_masking(without, 0.5, (0, 0))
+    nobody = torch.tensor([0])
+    padded = replace(
+        masking,
+        visible_per_tile=torch.cat([masking.visible_per_tile, nobody]),
+        hidden_per_tile=torch.cat([masking.hidden_per_tile, nobody]),
+    )
+    assert torch.equal(objective(with_empty, padded), objective(without, masking))
