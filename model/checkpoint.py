@@ -9,7 +9,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch.plugins.io import CheckpointIO
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -84,8 +83,6 @@ def _take_tensors(value: Any, tensors: dict[str, Tensor]) -> Any:
             return [kind, [_take_tensors(item, tensors) for item in value]]
         case None | bool() | int() | float() | str():
             return ["value", value]
-        case torch.Size():
-            return ["tuple", [["value", item] for item in value]]
         case _:
             raise TypeError(f"a checkpoint cannot hold {type(value).__name__}")
 

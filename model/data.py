@@ -54,6 +54,10 @@ class TileDataset(Dataset[Tile]):
     def batch(self, indices: Sequence[int] | np.ndarray) -> TokenBatch:
         """The tiles of these rows of the manifest, packed in the order given."""
         tiles = np.asarray(indices, np.int64)
+        if tiles.size == 0 or tiles.min() < 0 or tiles.max() >= len(self):
+            raise IndexError(
+                f"batch of tiles {tiles.tolist()!s:.80}; give at least one index in 0 ... {len(self) - 1}"
+            )
         frames_per_tile = self._num_frames[tiles]
         frames = np.concatenate(
             [np.arange(self._frame_start[tile], self._frame_start[tile] + n)

@@ -41,6 +41,7 @@ _LOSS_COLUMNS = ("step", "loss", "tokens", "learning_rate")
 class TrainConfig(Frozen):
     """The whole configuration of `aptile train`."""
 
+    partition: str = Field("default", description="The store's partition that becomes tokens.")
     size: Size = Field("nano", description="Encoder size: nano, tiny, small, base or large.")
     steps: int = Field(300, ge=1, description="Optimiser steps of the whole run.")
     batch_tiles: int = Field(8, ge=1, description="Tiles per step.")
@@ -165,7 +166,7 @@ def train(
     `observer` gets the steps done and the loss after every step. Raises StoreError if `out` holds
     something else, or a run of another configuration or other data.
     """
-    dataset = TileDataset(store)
+    dataset = TileDataset(store, partition=config.partition)
     if len(dataset) == 0:
         raise StoreError(f"{store}: the store has no tiles to train from")
     encoder = EncoderConfig.for_store(dataset.store, dataset.modality, config.size)
@@ -204,6 +205,8 @@ def _fit(
         trainer = pl.Trainer(
             accelerator="cuda" if torch.cuda.is_available() else "cpu",
             devices=1,
+            # The packed attention kernels of CUDA take 16-bit numbers only.
+            precision="bf16-mixed" if torch.cuda.is_available() else "32-true",
             max_steps=config.steps,
             logger=False,
             enable_checkpointing=False,
@@ -234,7 +237,7 @@ def _claim_folder(out: Path, config: TrainConfig, encoder: EncoderConfig, digest
             found = None
         if found != wanted:
             raise StoreError(
-                f"{out} holds a run of {_what_differs(found, wanted)}; give a new folder with --out"
+                f"{out} holds {_what_differs(found, wanted)}; give a new folder with --out"
             )
         return
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -249,9 +252,11 @@ def _claim_folder(out: Path, config: TrainConfig, encoder: EncoderConfig, digest
 
 
 def _what_differs(found: Any, wanted: dict[str, Any]) -> str:
-    if not isinstance(found, dict) or found.get("data") != wanted["data"]:
-        return "other data"
-    return "another configuration"
+    if not isinstance(found, dict):
+        return f"an unreadable {RUN_FILE}"
+    if found.get("data") != wanted["data"]:
+        return "a run of other data"
+    return "a run of another configuration"
 
 
 def _steps_done(out: Path) -> int:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,6 +52,48 @@ def sweep_partials(store: Path) -> None:
         partial.unlink(missing_ok=True)
 
 
+def encode_rows(rows: Iterable[dict[str, Any]]) -> bytes:
+    """The rows of a ledger, one JSON object per line."""
+    return b"".join(canonical_json(row) + b"\n" for row in rows)
+
+
+def read_rows(path: Path, take: Callable[[dict[str, Any]], None]) -> None:
+    """Hand every row of a ledger to `take`; an incomplete last line does not count.
+
+    Raises IntegrityError where a line is no JSON, or `take` cannot use it.
+    """
+    whole_lines = path.read_bytes().split(b"\n")[:-1]
+    for number, line in enumerate(whole_lines, start=1):
+        try:
+            take(json.loads(line))
+        except (ValueError, KeyError, TypeError):
+            raise IntegrityError(
+                f"{path}: line {number} is not a ledger row; the store is damaged, "
+                "preprocess into a new one"
+            ) from None
+
+
+def append_row(path: Path, row: dict[str, Any]) -> None:
+    """Add a row to a ledger durably."""
+    with path.open("r+b") as file:
+        # A torn line of an earlier crash would swallow this row.
+        kept = file.read().rfind(b"\n") + 1 if _torn(path) else file.seek(0, os.SEEK_END)
+        file.seek(kept)
+        file.truncate()
+        file.write(canonical_json(row) + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _torn(path: Path) -> bool:
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        if size == 0:
+            return False
+        file.seek(size - 1)
+        return file.read(1) != b"\n"
+
+
 @dataclass
 class Ledger:
     """What happened to every input and every shard, one JSON object per line.
@@ -69,15 +111,7 @@ class Ledger:
     def read(cls, store: Path) -> "Ledger":
         """The ledger of a store; an incomplete last line, a torn append, does not count."""
         ledger = cls(store / LEDGER)
-        whole_lines = ledger.path.read_bytes().split(b"\n")[:-1]
-        for number, line in enumerate(whole_lines, start=1):
-            try:
-                ledger._take(json.loads(line))
-            except (ValueError, KeyError, TypeError):
-                raise IntegrityError(
-                    f"{ledger.path}: line {number} is not a ledger row; the store is damaged, "
-                    "preprocess into a new one"
-                ) from None
+        read_rows(ledger.path, ledger._take)
         return ledger
 
     def create(self) -> None:
@@ -86,20 +120,12 @@ class Ledger:
 
     def append(self, row: dict[str, Any]) -> None:
         """Add a finished shard durably."""
-        with self.path.open("r+b") as file:
-            # A torn line of an earlier crash would swallow this row.
-            kept = file.read().rfind(b"\n") + 1 if self._torn() else file.seek(0, os.SEEK_END)
-            file.seek(kept)
-            file.truncate()
-            file.write(canonical_json(row) + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+        append_row(self.path, row)
         self._take(row)
 
     def canonical(self) -> bytes:
         """All rows in an order that does not depend on which shard finished first."""
-        rows = [*self.scenes, *(self.shards[shard] for shard in sorted(self.shards))]
-        return b"".join(canonical_json(row) + b"\n" for row in rows)
+        return encode_rows([*self.scenes, *(self.shards[shard] for shard in sorted(self.shards))])
 
     def quarantined(self) -> dict[str, str]:
         """Reason by scene id, of scenes refused at planning or failed in a shard, sorted by id."""
@@ -117,14 +143,6 @@ class Ledger:
             for scene, thresholds in row["thresholds"].items()
         }
 
-    def _torn(self) -> bool:
-        with self.path.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            if size == 0:
-                return False
-            file.seek(size - 1)
-            return file.read(1) != b"\n"
-
     def _take(self, row: dict[str, Any]) -> None:
         if "shard" in row:
             self.shards[int(row["shard"])] = {**row, "objects": dict(row["objects"])}
@@ -140,18 +158,29 @@ def write_commit(store: Path, ledger: Ledger, manifest: bytes, summary: dict[str
         MANIFEST: write_object(store / MANIFEST, manifest),
         LEDGER: write_object(store / LEDGER, ledger.canonical()),
     }
-    content = {"objects": objects, "summary": summary}
+    replace_commit(store, {"objects": objects, "summary": summary})
+
+
+def replace_commit(store: Path, content: dict[str, Any]) -> None:
+    """Put another COMMIT.json in place of the present one, in one atomic step."""
     write_object(store / COMMIT, json.dumps(content, indent=2, sort_keys=True).encode() + b"\n")
 
 
 def read_commit(store: Path) -> dict[str, Any] | None:
-    """The commit of a store, or None while its job is unfinished."""
+    """The commit of a store, or None while its job is unfinished.
+
+    `objects` and `summary`, and `partitions` by modality and name (the default one is not among them).
+    """
     try:
         content = json.loads((store / COMMIT).read_bytes())
-        return {"objects": dict(content["objects"]), "summary": dict(content["summary"])}
+        return {
+            "objects": dict(content["objects"]),
+            "summary": dict(content["summary"]),
+            "partitions": {m: dict(named) for m, named in content.get("partitions", {}).items()},
+        }
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise IntegrityError(
             f"{store / COMMIT}: not a commit; the store is damaged, preprocess into a new one"
         ) from None
@@ -159,12 +188,16 @@ def read_commit(store: Path) -> dict[str, Any] | None:
 
 def read_committed(store: Path, name: str, commit: dict[str, Any]) -> bytes:
     """An object that COMMIT.json names; IntegrityError if it is not the one committed."""
-    path = store / name
+    return read_checked(store / name, commit["objects"][name]["sha256"])
+
+
+def read_checked(path: Path, sha256: str) -> bytes:
+    """An object's content; IntegrityError if it is lost or another one."""
     try:
         content = path.read_bytes()
     except FileNotFoundError:
         content = None
-    if content is None or hashlib.sha256(content).hexdigest() != commit["objects"][name]["sha256"]:
+    if content is None or hashlib.sha256(content).hexdigest() != sha256:
         found = "is missing" if content is None else "differs from what was committed"
         raise IntegrityError(f"{path} {found}; the store is damaged, preprocess into a new one")
     return content

@@ -10,18 +10,23 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from pipeline.errors import ConfigError
 from pipeline.presets import PRESETS
-from pipeline.rules import check_thresholds
-from pipeline.scorers.config import SCORER_NAMES, EntropyConfig, Frozen, Identifier, Scoring
+from pipeline.rules import PartitionRule, check_thresholds, check_uniform
+from pipeline.scorers.config import (
+    SCORER_NAMES,
+    EntropyConfig,
+    ExternalConfig,
+    Frozen,
+    Identifier,
+    Scoring,
+)
 
-# Stored as text because JSON has no infinity.
-Threshold = Annotated[float, BeforeValidator(lambda v: float(v) if isinstance(v, str) else v)]
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
 
 
@@ -64,23 +69,11 @@ class ModalityConfig(Frozen):
                 return tuple(pairs)
 
 
-class PartitionConfig(Frozen):
+class PartitionConfig(PartitionRule):
     """How a frame is cut into patches."""
 
     base_patch_size: int = Field(4, ge=1, le=64, description="Smallest patch in px.")
     num_scales: int = Field(3, ge=1, le=6, description="Patch sizes; each is twice the one before.")
-    thresholds: tuple[Threshold, ...] | None = Field(
-        None,
-        description="Scores from which on a patch is split, fine to coarse, one fewer than scales; "
-        "taken per scene from the quantile below when not given.",
-    )
-    quantile: float | None = Field(
-        None,
-        gt=0,
-        lt=1,
-        description="Without thresholds: the share of the patches of each size that stays whole "
-        "when a scene's own scores set the threshold; 0.5 when not given.",
-    )
 
     @property
     def root_size_px(self) -> int:
@@ -116,13 +109,11 @@ class DataConfig(Frozen):
                 f"{rule.num_scales} scales)"
             )
         if rule.thresholds is not None:
-            if rule.quantile is not None:
-                raise ValueError(
-                    "partition.quantile has no effect beside partition.thresholds; give one of them"
-                )
             check_thresholds(
                 rule.thresholds, rule.base_patch_size, self._attainable, num_scales=rule.num_scales
             )
+        if rule.uniform_px is not None:
+            check_uniform(rule.uniform_px, rule.base_patch_size, rule.num_scales)
         self._check_scored_bands()
         return self
 
@@ -135,6 +126,12 @@ class DataConfig(Frozen):
         return self.scoring.attainable(patch_size_px, len(scored) if scored else 1)
 
     def _check_scored_bands(self) -> None:
+        if isinstance(self.scoring, ExternalConfig):
+            if self.scoring.folder is None:
+                raise ValueError(
+                    "scoring.folder is not given; name the folder of the score rasters"
+                )
+            return
         scored, bands = self.scored_band_names(), self.modality.bands
         unknown = [band for band in scored or () if bands is not None and band not in bands]
         if unknown:
@@ -220,8 +217,13 @@ def load_config(
     merged = _merge(_preset(preset if preset is not None else named), content)
     for override in overrides:
         merged = _merge(merged, _parse_override(override))
+    return validated(model, merged, label)
+
+
+def validated(model: type[ConfigT], content: Mapping[str, Any], label: str) -> ConfigT:
+    """`content` as a model; ConfigError, which begins with `label`, for what does not fit."""
     try:
-        return model.model_validate(merged)
+        return model.model_validate(content)
     except ValidationError as error:
         raise ConfigError(_in_words(error, model, label)) from None
 

@@ -4,24 +4,17 @@ The store is the only state. A job that was stopped anywhere is completed by run
 finished one is left alone.
 """
 
-import contextlib
 import importlib.metadata
-import importlib.util
-import logging
 import os
 import shutil
-import signal
-import threading
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-from distributed import Client, LocalCluster, as_completed
-from distributed.scheduler import KilledWorker
 
 from pipeline.archive import Scene, Source, find_scenes, fingerprint, read_header, scene_id
+from pipeline.cluster import Observer, run_tasks
 from pipeline.commit import (
     Ledger,
     exclusive,
@@ -31,35 +24,22 @@ from pipeline.commit import (
 )
 from pipeline.config import DataConfig, PreprocessConfig, RunConfig, plain
 from pipeline.errors import ArchiveError, SceneError, StoreError
+from pipeline.layout import FORMAT_VERSION, StoreLayout, create_arrays, modality_header
+from pipeline.layout import read_header as read_store_header
 from pipeline.manifest import FrameCounts, encode_manifest
+from pipeline.partitions import DEFAULT_PARTITION
 from pipeline.plan import Plan, accept, make_plan
-from pipeline.shard import process_shard, sample_tiles, shard_task
+from pipeline.reading import check_score_file, sample_tiles
+from pipeline.scorers.config import ExternalConfig
+from pipeline.shard import process_shard, shard_task
 from pipeline.stats import configured_ranges, value_ranges_of
-from pipeline.store import (
-    DEFAULT_PARTITION,
-    FORMAT_VERSION,
-    Store,
-    StoreLayout,
-    create_arrays,
-    modality_header,
-)
-from pipeline.store import read_header as read_store_header
+from pipeline.store import Store
 
-# Shards under way per worker: one at work, one waiting.
-_IN_FLIGHT_PER_WORKER = 2
 # Tiles, spread over the archive, from which a value range is estimated.
 _RANGE_SAMPLE_TILES = 64
 _PROVENANCE = ("aptile", "numpy", "numba", "rasterio", "zarr", "tensorstore", "pyarrow")
 
 ValueRanges = tuple[tuple[float, float], ...]
-
-
-class Observer(Protocol):
-    """Hears how the job goes; all counts are of this run's total, resumed shards included."""
-
-    def planned(self, plan: Plan, done_shards: int) -> None: ...
-
-    def shard_done(self, tiles: int) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -106,8 +86,25 @@ def plan_job(source: str, config: PreprocessConfig) -> Job:
             refused[scene_id(file, found.root)] = str(error)
     accepted, mismatched = accept(config.data(), scenes)
     refused.update(mismatched)
+    if isinstance(config.scoring, ExternalConfig):
+        accepted, without_scores = _with_scores(accepted, config.scoring, config.run)
+        refused.update(without_scores)
     _require_scenes(source, len(found.files), len(accepted), refused)
     return Job(found, make_plan(config.data(), accepted), dict(sorted(refused.items())), config)
+
+
+def _with_scores(
+    scenes: list[Scene], scoring: ExternalConfig, run: RunConfig
+) -> tuple[list[Scene], dict[str, str]]:
+    """Scenes that have a usable score raster, and the reason for each that has not."""
+    accepted, refused = [], {}
+    for scene in scenes:
+        try:
+            check_score_file(scene, scoring, run.max_block_bytes)
+            accepted.append(scene)
+        except SceneError as error:
+            refused[scene.id] = str(error)
+    return accepted, refused
 
 
 def run_job(source: str, store: Path, config: PreprocessConfig, observer: Observer) -> JobReport:
@@ -148,49 +145,16 @@ def _complete(store: Path, job: Job, observer: Observer) -> JobReport:
     ranges = tuple(tuple(pair) for pair in header["modalities"][layout.modality]["value_range"])
     todo = [shard for shard in range(job.plan.num_shards) if shard not in ledger.shards]
     done_tiles = sum(len(job.plan.shard_tiles(shard)) for shard in ledger.shards)
-    observer.planned(job.plan, done_tiles)
+    observer.planned(len(job.plan.tiles), done_tiles)
     if todo:
-        with _client(job.config.run, len(todo)) as client:
-            for row in _run_shards(client, job.plan, todo, str(store.absolute()), layout, ranges):
-                ledger.append(row)
-                observer.shard_done(len(job.plan.shard_tiles(row["shard"])))
+        path = str(store.absolute())
+        tasks = (shard_task(job.plan, shard, path, layout, ranges) for shard in todo)
+        for row in run_tasks(process_shard, tasks, len(todo), job.config.run, str(store)):
+            ledger.append(row)
+            observer.shard_done(len(job.plan.shard_tiles(row["shard"])))
     quarantined = ledger.quarantined()
     tiles = _commit(store, job.plan, layout, ledger, quarantined)
     return JobReport(store, len(ledger.scenes), quarantined, tiles, job.plan.num_shards, len(todo))
-
-
-def _run_shards(
-    client: Client,
-    plan: Plan,
-    todo: Sequence[int],
-    store: str,
-    layout: StoreLayout,
-    ranges: ValueRanges,
-) -> Iterator[dict[str, Any]]:
-    """Ledger rows in order of completion, with a bounded number of shards under way."""
-    waiting = iter(todo)
-    running = as_completed([])
-    window = _IN_FLIGHT_PER_WORKER * max(1, len(client.scheduler_info(n_workers=-1)["workers"]))
-
-    def submit_next() -> None:
-        for shard in waiting:
-            task = shard_task(plan, shard, store, layout, ranges)
-            running.add(client.submit(process_shard, task, pure=False))
-            return
-
-    for _ in range(window):
-        submit_next()
-    try:
-        for future in running:
-            row = future.result()
-            future.release()
-            submit_next()
-            yield row
-    except KilledWorker as error:
-        raise StoreError(
-            f"{store}: a shard killed its workers, most likely for lack of memory ({error}); run the "
-            "same command again with fewer run.workers, what is done stays done"
-        ) from None
 
 
 def _commit(
@@ -270,8 +234,8 @@ def _value_ranges(job: Job) -> ValueRanges:
     for index in sorted(chosen.tolist()):
         scene = plan.scenes[index]
         try:
-            for pixels, valid in sample_tiles(scene, plan.config, tiles_per_scene):
-                samples.append(pixels[:, valid])
+            tiles = sample_tiles(scene, plan.config, plan.scored_bands, tiles_per_scene)
+            samples += [tile.pixels[:, tile.valid] for tile in tiles]
         except SceneError as error:
             # It fails in its shard too, and is quarantined there.
             unreadable[scene.id] = str(error)
@@ -365,47 +329,6 @@ def _require_scenes(source: str, inputs: int, usable: int, reasons: dict[str, st
         raise ArchiveError(
             f"{source}: none of the {inputs} scenes can be used; the first, {name}: {reason}"
         )
-
-
-@contextlib.contextmanager
-def _client(run: RunConfig, num_tasks: int) -> Iterator[Client]:
-    """A client of the user's scheduler, or of local single-threaded worker processes."""
-    if run.scheduler is not None:
-        try:
-            client = Client(run.scheduler, timeout="10s")
-        except (OSError, ValueError) as error:
-            raise StoreError(
-                f"run.scheduler {run.scheduler}: no Dask scheduler answers there ({error}); start one "
-                "with `dask scheduler`, or leave the option out"
-            ) from None
-        with client:
-            yield client
-        return
-    workers = min(run.workers or os.cpu_count() or 1, num_tasks)
-    dashboard = "127.0.0.1:0" if importlib.util.find_spec("bokeh") else None
-    with _ignored_interrupts():
-        cluster = LocalCluster(
-            n_workers=workers,
-            threads_per_worker=1,
-            processes=True,
-            dashboard_address=dashboard,
-            silence_logs=logging.CRITICAL,
-        )
-    with cluster, Client(cluster) as client:
-        yield client
-
-
-@contextlib.contextmanager
-def _ignored_interrupts() -> Iterator[None]:
-    """Child processes started inside ignore Ctrl-C: the parent alone decides how a job ends."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _version(package: str) -> str | None:

@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 import shapely
 
 from pipeline.archive import lonlat_corners, native_corners
+from pipeline.layout import StoreLayout
 from pipeline.plan import Plan
-from pipeline.store import StoreLayout
 
 _GEO_METADATA = {
     "version": "1.1.0",

@@ -14,6 +14,7 @@ from pipeline.archive import Scene
 from pipeline.config import DataConfig
 from pipeline.errors import ArchiveError
 from pipeline.grid import BaseGrid
+from pipeline.scorers.config import ExternalConfig
 
 # `scene` indexes Plan.scenes; `row`, `col` count tiles from the scene's top left.
 TILE = np.dtype([("scene", np.int32), ("row", np.int32), ("col", np.int32)])
@@ -39,7 +40,9 @@ class Plan:
 
     @property
     def scored_bands(self) -> tuple[int, ...]:
-        """Indices into `bands` of those that are scored."""
+        """Indices into `bands` of those that are scored; none for scores from outside."""
+        if isinstance(self.config.scoring, ExternalConfig):
+            return ()
         return tuple(self.bands.index(b) for b in self.config.scored_band_names() or self.bands)
 
     def shard_tiles(self, shard: int) -> np.ndarray:

@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numba
 import numpy as np
 
 from pipeline import segments
-from pipeline.errors import ConfigError
+from pipeline.cut import leaves, splits_by_budget, splits_by_thresholds
 from pipeline.grid import BaseGrid
+from pipeline.nodes import node_scores
 from pipeline.rules import check_thresholds
 from pipeline.scorers.config import ScorerConfig
 from pipeline.scores import score_maps, scorer_config
@@ -80,58 +80,18 @@ def partition_image(
 
 
 def partition_scales(
-    maps: list[np.ndarray], thresholds: tuple[float, ...] | list[float], grid: BaseGrid
+    maps: Sequence[np.ndarray], thresholds: Sequence[float], grid: BaseGrid
 ) -> np.ndarray:
-    """uint8 [leaf]: the scales of a frame's leaves in storage order.
+    """uint8 [leaf]: the scales of one frame's leaves in storage order.
 
     Top-down: a node is kept if `score < threshold` of its size, both float32; base cells are always
     kept. A node whose score is NaN holds no valid pixel and becomes one missing leaf.
     """
-    shapes = [grid.level_shape(s) for s in range(grid.num_scales)]
-    if [m.shape for m in maps] != shapes:
-        raise ConfigError(
-            f"score maps have shapes {[m.shape for m in maps]}; the grid has {shapes}"
-        )
-    scores = np.concatenate([np.ravel(m) for m in maps]).astype(np.float32, copy=False)
-    offsets = np.cumsum([0, *(rows * cols for rows, cols in shapes)])
-    # Base cells are always kept: their threshold is infinite.
-    limits = np.array([np.inf, *thresholds], np.float32)
-    scales = np.empty(grid.num_cells, np.uint8)
-    count = _partition(scores, offsets, grid.cell_yx, grid.cols, limits, scales)
-    return scales[:count].copy()
+    nodes = node_scores([m[None] for m in maps], grid)
+    return leaves(splits_by_thresholds(nodes, thresholds, grid), nodes, grid).scales
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")
-def _partition(
-    scores: np.ndarray,
-    offsets: np.ndarray,
-    cell_yx: np.ndarray,
-    cols: int,
-    limits: np.ndarray,
-    scales: np.ndarray,
-) -> int:
-    """Walk the cells in storage order; at each, the largest node that starts here and is not split.
-
-    A larger node that merely contains the cell began earlier, so it was split already.
-    """
-    num_cells = cell_yx.shape[0]
-    coarsest = limits.size - 1
-    count = 0
-    cell = 0
-    while cell < num_cells:
-        s = coarsest
-        while cell & ((1 << (2 * s)) - 1):
-            s -= 1
-        while True:
-            y, x = cell_yx[cell, 0] >> s, cell_yx[cell, 1] >> s
-            score = scores[offsets[s] + y * (cols >> s) + x]
-            if np.isnan(score):
-                scales[count] = s | 0x80
-                break
-            if s == 0 or score < limits[s]:
-                scales[count] = s
-                break
-            s -= 1
-        count += 1
-        cell += 1 << (2 * s)
-    return count
+def budget_scales(maps: Sequence[np.ndarray], num_tokens: int, grid: BaseGrid) -> np.ndarray:
+    """uint8 [leaf]: the scales of one frame's leaves under a budget; see `splits_by_budget`."""
+    nodes = node_scores([m[None] for m in maps], grid)
+    return leaves(splits_by_budget(nodes, num_tokens, grid), nodes, grid).scales

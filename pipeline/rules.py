@@ -5,15 +5,119 @@ split into four of `p` px. A patch is kept while its score is below its threshol
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Literal, Self
 
 import numpy as np
+from pydantic import BeforeValidator, Field, model_validator
 
 from pipeline.errors import ConfigError
+from pipeline.scorers.config import Frozen
 
 DEFAULT_QUANTILE = 0.5
+WAYS = ("thresholds", "quantile", "tokens_per_tile", "uniform_px", "mean_tokens")
+# Tiles of a scene whose scores set its thresholds under a quantile rule.
+QUANTILE_SAMPLE_TILES = 16
+# Stored as text because JSON has no infinity.
+Threshold = Annotated[float, BeforeValidator(lambda v: float(v) if isinstance(v, str) else v)]
 # The smallest normal float32: a patch whose score is exactly 0 stays whole under any quantile.
 _KEEP_CONSTANT = float(np.finfo(np.float32).tiny)
+
+
+class PartitionRule(Frozen):
+    """What decides whether a patch is split. At most one of its ways is given."""
+
+    thresholds: tuple[Threshold, ...] | None = Field(
+        None,
+        description="Scores from which on a patch is split, fine to coarse, one fewer than scales; "
+        "taken per scene from the quantile below when no rule is given.",
+    )
+    quantile: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="The share of the patches of each size that stays whole when a scene's own scores "
+        "set the thresholds; 0.5 when no rule is given.",
+    )
+    tokens_per_tile: int | None = Field(
+        None,
+        ge=1,
+        description="A budget: exactly so many tokens per tile, or as near below as a quadtree allows; "
+        "the highest scores are split first.",
+    )
+    uniform_px: int | None = Field(
+        None, ge=1, description="Patches of this one size in px, whatever their scores."
+    )
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        given = list(self.ways())
+        if len(given) > 1:
+            raise ValueError(f"{given[1]} has no effect beside {given[0]}; give one of them")
+        return self
+
+    def ways(self) -> dict[str, object]:
+        """The ways that are given, by name; none means the default quantile."""
+        ways = {name: getattr(self, name) for name in WAYS if hasattr(self, name)}
+        return {name: value for name, value in ways.items() if value is not None}
+
+
+class FurtherRule(PartitionRule):
+    """The rule of a partition made from a store's score maps."""
+
+    mean_tokens: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="Thresholds that give this mean number of tokens per tile over the whole store.",
+    )
+    shared: Literal["max", "mean"] | None = Field(
+        None,
+        description="One partition for all timesteps of a tile, from the largest or the mean of their "
+        "scores.",
+    )
+
+
+def rule_entry(rule: PartitionRule) -> dict[str, object]:
+    """The rule as it is stored: what is given, or the default quantile."""
+    given = rule.ways() or {"quantile": DEFAULT_QUANTILE}
+    shared = getattr(rule, "shared", None)
+    return {**given, **({"shared": shared} if shared else {})}
+
+
+def rule_in_words(entry: Mapping[str, object]) -> str:
+    """A stored rule in one line, as a configuration would say it."""
+    return ", ".join(f"{name} {_shown(value)}" for name, value in entry.items())
+
+
+def _shown(value: object) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def check_uniform(patch_size_px: int, base_patch_size: int, num_scales: int) -> None:
+    """Raise ConfigError unless the quadtree has patches of that size."""
+    sizes = [base_patch_size * 2**s for s in range(num_scales)]
+    if patch_size_px not in sizes:
+        raise ConfigError(
+            f"uniform_px is {patch_size_px}; this quadtree has patches of "
+            f"{', '.join(map(str, sizes))} px"
+        )
+
+
+def uniform_thresholds(patch_size_px: int, base_patch_size: int, num_scales: int) -> list[float]:
+    """Thresholds, fine to coarse, under which every patch has that size."""
+    sizes = [base_patch_size * 2**s for s in range(1, num_scales)]
+    return [-math.inf if size > patch_size_px else math.inf for size in sizes]
+
+
+def sampled_tiles(rows: int, cols: int, num_tiles: int) -> np.ndarray:
+    """int64: up to `num_tiles` of a scene's `rows x cols` tiles, row-major numbers in order.
+
+    The sample depends on the scene's size in tiles alone, so that it is the same from pixels and from
+    stored maps, and for every shard that holds a part of the scene.
+    """
+    rng = np.random.default_rng([rows, cols])
+    return np.sort(rng.choice(rows * cols, min(num_tiles, rows * cols), replace=False))
 
 
 def check_thresholds(

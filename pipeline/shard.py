@@ -1,4 +1,4 @@
-"""One Dask task: read, score, partition and write one whole shard of every array."""
+"""One Dask task of preprocessing: read, score, partition and write one whole shard of every array."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -6,24 +6,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rasterio.io import DatasetReader
-from rasterio.windows import Window
 
-from pipeline.archive import Scene, open_raster, read_window
-from pipeline.commit import write_object
+from pipeline.archive import Scene
 from pipeline.config import DataConfig
+from pipeline.cut import fill_partition, leaves, splits_by_budget, splits_by_thresholds
 from pipeline.errors import SceneError
+from pipeline.layout import StoreLayout, write_shard
+from pipeline.nodes import node_scores
+from pipeline.partitions import DEFAULT_PARTITION, partition_path
 from pipeline.plan import Plan
-from pipeline.quadtree import partition_scales
-from pipeline.rules import DEFAULT_QUANTILE, quantile_thresholds
+from pipeline.reading import TilePixels, sample_tiles, scene_reader
+from pipeline.rules import (
+    DEFAULT_QUANTILE,
+    QUANTILE_SAMPLE_TILES,
+    quantile_thresholds,
+    uniform_thresholds,
+)
+from pipeline.scorers.config import ExternalConfig
 from pipeline.scores import countable, make_scorer
-from pipeline.segments import counts_per_scale
-from pipeline.store import DEFAULT_PARTITION, StoreLayout, encode_shard, read_array_metadata
 
 # A window read at once stays below this, whatever the width of the scene.
 _WINDOW_BYTES = 128 * 2**20
-# Tiles of a scene whose scores set its thresholds when none are configured.
-_SAMPLE_TILES = 16
 
 
 @dataclass(frozen=True)
@@ -53,13 +56,16 @@ def shard_task(
 ) -> ShardTask:
     """The task of one shard; `value_ranges` are those of all bands."""
     tiles = plan.shard_tiles(shard)
+    # Scores from outside are one plane that is not scaled.
+    external = isinstance(plan.config.scoring, ExternalConfig)
+    scored = ((0.0, 1.0),) if external else tuple(value_ranges[b] for b in plan.scored_bands)
     return ShardTask(
         store=store,
         shard=shard,
         layout=layout,
         config=plan.config,
         scored_bands=plan.scored_bands,
-        value_ranges=tuple(value_ranges[band] for band in plan.scored_bands),
+        value_ranges=scored,
         scenes={index: plan.scenes[index] for index in np.unique(tiles["scene"]).tolist()},
         tiles=tiles,
     )
@@ -73,25 +79,23 @@ def process_shard(task: ShardTask) -> dict[str, Any]:
     blocks = _empty_blocks(task.layout)
     failed: dict[str, str] = {}
     thresholds: dict[str, list[float]] = {}
-    scales: dict[int, np.ndarray] = {}
+    by_slot: dict[int, list[float]] = {}
     for index, scene in task.scenes.items():
         slots = np.flatnonzero(task.tiles["scene"] == index)
         try:
-            thresholds[scene.id] = scene_thresholds(task, scene)
-            for slot, pixels, valid in _read_tiles(task, scene, slots):
-                scales[slot] = _fill_slot(task, blocks, slot, pixels, valid, thresholds[scene.id])
+            own = scene_thresholds(task, scene)
+            for slot, tile in _read_tiles(task, scene, slots):
+                _fill_slot(task, blocks, slot, tile)
         except SceneError as error:
             failed[scene.id] = str(error)
-            thresholds.pop(scene.id, None)
-            for slot in slots.tolist():
-                scales.pop(slot, None)
-                for name, spec in task.layout.arrays().items():
-                    if spec.dims[0] == "frame":
-                        blocks[name][slot] = spec.fill_value
-    _fill_rows(task, blocks, scales)
+            _empty_slots(task.layout, blocks, slots)
+        else:
+            thresholds[scene.id] = own
+            by_slot.update(dict.fromkeys(slots.tolist(), own))
+    _partition(task, blocks, dict(sorted(by_slot.items())))
     return {
         "shard": task.shard,
-        "objects": _write(task, blocks),
+        "objects": write_shard(Path(task.store), task.layout.arrays(), task.shard, blocks),
         "failed": failed,
         "thresholds": thresholds,
     }
@@ -100,41 +104,29 @@ def process_shard(task: ShardTask) -> dict[str, Any]:
 def scene_thresholds(task: ShardTask, scene: Scene) -> list[float]:
     """The configured thresholds, or the scene's own from the scores of a sample of its tiles.
 
-    The sample depends on the scene's size alone, so every shard that holds a part of the scene
-    comes to the same thresholds.
+    Empty under a token budget, which has none.
     """
     rule = task.config.partition
     if rule.thresholds is not None:
         return list(rule.thresholds)
+    if rule.uniform_px is not None:
+        return uniform_thresholds(rule.uniform_px, rule.base_patch_size, rule.num_scales)
+    if rule.tokens_per_tile is not None:
+        return []
     quantile = DEFAULT_QUANTILE if rule.quantile is None else rule.quantile
     maps = [
-        _score(task, pixels, valid)
-        for pixels, valid in sample_tiles(scene, task.config, _SAMPLE_TILES)
+        _score(task, tile)
+        for tile in sample_tiles(scene, task.config, task.scored_bands, QUANTILE_SAMPLE_TILES)
     ]
     return quantile_thresholds(maps, quantile)
 
 
-def sample_tiles(
-    scene: Scene, config: DataConfig, num_tiles: int
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Pixels [band, y, x] and validity of up to `num_tiles` tiles of a scene, seeded by its size."""
-    tile_px = config.store.tile_size_px
-    rows, cols = -(-scene.height // tile_px), -(-scene.width // tile_px)
-    rng = np.random.default_rng([scene.height, scene.width])
-    chosen = np.sort(rng.choice(rows * cols, min(num_tiles, rows * cols), replace=False))
-    with open_raster(scene.path) as raster:
-        for row, col in zip(*np.divmod(chosen, cols), strict=True):
-            yield _read_padded(
-                raster, scene, config, (int(row), int(row) + 1), (int(col), int(col) + 1)
-            )
-
-
-def _score(task: ShardTask, pixels: np.ndarray, valid: np.ndarray) -> list[np.ndarray]:
+def _score(task: ShardTask, tile: TilePixels) -> list[np.ndarray]:
     """Score maps of one frame, fine to coarse."""
     scoring, grid = task.config.scoring, task.layout.grid
-    image = np.ascontiguousarray(pixels[list(task.scored_bands)])
-    counted = countable(np.ascontiguousarray(valid), grid, scoring.min_valid_fraction)
-    return make_scorer(scoring, task.value_ranges).maps(image, counted, grid)
+    counted = countable(np.ascontiguousarray(tile.valid), grid, scoring.min_valid_fraction)
+    scorer = make_scorer(scoring, task.value_ranges)
+    return scorer.maps(np.ascontiguousarray(tile.scored), counted, grid)
 
 
 def _empty_blocks(layout: StoreLayout) -> dict[str, np.ndarray]:
@@ -144,19 +136,24 @@ def _empty_blocks(layout: StoreLayout) -> dict[str, np.ndarray]:
     }
 
 
+def _empty_slots(layout: StoreLayout, blocks: dict[str, np.ndarray], slots: np.ndarray) -> None:
+    for name, spec in layout.arrays().items():
+        if spec.dims[0] == "frame":
+            blocks[name][slots] = spec.fill_value
+
+
 def _read_tiles(
     task: ShardTask, scene: Scene, slots: np.ndarray
-) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """Slot, pixels [band, y, x] and validity of each tile, from few large block-aligned windows."""
+) -> Iterator[tuple[int, TilePixels]]:
+    """Slot and pixels of each tile, from few large block-aligned windows."""
     tile_px = task.config.store.tile_size_px
-    with open_raster(scene.path) as raster:
-        for members, (row0, row1), (col0, col1) in _strips(task, scene, slots):
-            pixels, valid = _read_padded(raster, scene, task.config, (row0, row1), (col0, col1))
+    with scene_reader(scene, task.config, task.scored_bands) as read:
+        for members, rows, cols in _strips(task, scene, slots):
+            strip = read(rows, cols)
             for slot in members:
-                y = (int(task.tiles["row"][slot]) - row0) * tile_px
-                x = (int(task.tiles["col"][slot]) - col0) * tile_px
-                cut = np.s_[..., y : y + tile_px, x : x + tile_px]
-                yield slot, pixels[cut], valid[cut]
+                y = (int(task.tiles["row"][slot]) - rows[0]) * tile_px
+                x = (int(task.tiles["col"][slot]) - cols[0]) * tile_px
+                yield slot, strip.cut(y, x, tile_px)
 
 
 def _strips(
@@ -188,65 +185,35 @@ def _extent(rows: np.ndarray, cols: np.ndarray) -> tuple[tuple[int, int], tuple[
     return (int(rows.min()), int(rows.max()) + 1), (int(cols.min()), int(cols.max()) + 1)
 
 
-def _read_padded(
-    raster: DatasetReader,
-    scene: Scene,
-    config: DataConfig,
-    rows: tuple[int, int],
-    cols: tuple[int, int],
-) -> tuple[np.ndarray, np.ndarray]:
-    """Pixels and validity of whole tiles; what lies beyond the scene is zero and invalid."""
-    tile_px = config.store.tile_size_px
-    top, left = rows[0] * tile_px, cols[0] * tile_px
-    height = min(rows[1] * tile_px, scene.height) - top
-    width = min(cols[1] * tile_px, scene.width) - left
-    window = Window(left, top, width, height)
-    pixels, valid = read_window(raster, scene, config.modality.nodata, window)
-    pad = (0, (rows[1] - rows[0]) * tile_px - height), (0, (cols[1] - cols[0]) * tile_px - width)
-    return np.pad(pixels, [(0, 0), *pad]), np.pad(valid, pad)
-
-
-def _fill_slot(
-    task: ShardTask,
-    blocks: dict[str, np.ndarray],
-    slot: int,
-    pixels: np.ndarray,
-    valid: np.ndarray,
-    thresholds: list[float],
-) -> np.ndarray:
-    """Put one frame into its slot of every per-frame array; its scales."""
+def _fill_slot(task: ShardTask, blocks: dict[str, np.ndarray], slot: int, tile: TilePixels) -> None:
+    """Put pixels, validity and scores of one frame into its slot."""
     modality, grid = task.layout.modality, task.layout.grid
-    partition = f"{modality}/partitions/{DEFAULT_PARTITION}"
-    blocks[f"{modality}/pixels"][slot] = pixels
-    blocks[f"{modality}/valid"][slot] = valid
-    blocks[f"{modality}/num_valid"][slot] = np.count_nonzero(valid)
-    maps = _score(task, pixels, valid)
+    blocks[f"{modality}/pixels"][slot] = tile.pixels
+    blocks[f"{modality}/valid"][slot] = tile.valid
+    blocks[f"{modality}/num_valid"][slot] = np.count_nonzero(tile.valid)
+    maps = _score(task, tile)
     for size, level_map in zip(grid.patch_sizes, maps, strict=True):
         blocks[f"{modality}/score_{size}"][slot] = level_map
     blocks[f"{modality}/num_cells"][slot] = np.count_nonzero(~np.isnan(maps[0]))
-    scales = partition_scales(maps, thresholds, grid)
-    blocks[f"{partition}/counts"][slot] = scales.size
-    blocks[f"{partition}/tokens"][slot] = counts_per_scale(scales, grid.num_scales)
-    return scales
 
 
-def _fill_rows(
-    task: ShardTask, blocks: dict[str, np.ndarray], scales: dict[int, np.ndarray]
+def _partition(
+    task: ShardTask, blocks: dict[str, np.ndarray], thresholds: dict[int, list[float]]
 ) -> None:
-    """Partitions of the shard's frames one after another, without gaps, in slot order."""
-    rows = blocks[f"{task.layout.modality}/partitions/{DEFAULT_PARTITION}/scales"]
-    if scales:
-        joined = np.concatenate([scales[slot] for slot in sorted(scales)])
-        rows[: joined.size] = joined
-
-
-def _write(task: ShardTask, blocks: dict[str, np.ndarray]) -> dict[str, Any]:
-    store = Path(task.store)
-    metadata = read_array_metadata(store, task.layout)
-    objects = {}
-    for name, spec in task.layout.arrays().items():
-        content = encode_shard(metadata[name], blocks.pop(name))
-        if content is not None:
-            object_name = f"{name}/{spec.shard_key(task.shard)}"
-            objects[object_name] = write_object(store / object_name, content)
-    return objects
+    """Cut every filled slot, all at once; `thresholds` by slot, in slot order."""
+    modality, grid = task.layout.modality, task.layout.grid
+    slots = np.array(list(thresholds), np.int64)
+    nodes = node_scores(
+        [blocks[f"{modality}/score_{size}"][slots] for size in grid.patch_sizes], grid
+    )
+    budget = task.config.partition.tokens_per_tile
+    if budget is not None:
+        splits = splits_by_budget(nodes, budget, grid)
+    else:
+        limits = np.array(list(thresholds.values()), np.float32).reshape(
+            len(slots), grid.num_scales - 1
+        )
+        splits = splits_by_thresholds(nodes, limits, grid)
+    fill_partition(
+        blocks, partition_path(modality, DEFAULT_PARTITION), slots, leaves(splits, nodes, grid)
+    )

@@ -8,6 +8,7 @@ import numpy as np
 
 from pipeline.config import DataConfig
 from pipeline.errors import ArchiveError
+from pipeline.partitions import DEFAULT_PARTITION
 from pipeline.store import Store
 
 # Percentiles of the valid pixels that bound an estimated value range: robust against a few
@@ -42,7 +43,7 @@ def configured_ranges(config: DataConfig, num_bands: int) -> tuple[tuple[float, 
 
 @dataclass(frozen=True)
 class TokenTable:
-    """Token counts of the tiles of one modality of a store.
+    """Token counts of the tiles of one modality of a store under one of its partitions.
 
     `tokens` int64 [tile, scale] counts tokens by patch size, fine to coarse; `base_cells` int64
     [tile] counts base cells with a valid pixel: the tokens of the uniform base grid;
@@ -50,6 +51,7 @@ class TokenTable:
     """
 
     modality: str
+    partition: str
     tile_ids: list[str]
     patch_sizes: tuple[int, ...]
     tokens: np.ndarray
@@ -64,6 +66,7 @@ class TokenTable:
         total, uniform = int(per_tile.sum()), int(self.base_cells.sum())
         return {
             "modality": self.modality,
+            "partition": self.partition,
             "tiles": len(self.tile_ids),
             "tokens": total,
             "uniform_base_tokens": uniform,
@@ -85,6 +88,7 @@ class TokenTable:
         """The same table for some of the tiles."""
         return TokenTable(
             self.modality,
+            self.partition,
             [self.tile_ids[tile] for tile in tiles],
             self.patch_sizes,
             self.tokens[tiles],
@@ -93,18 +97,31 @@ class TokenTable:
         )
 
 
-def token_table(store: Store, modality: str) -> TokenTable:
-    """Token counts of every committed tile, from the manifest alone."""
+def token_table(store: Store, modality: str, partition: str = DEFAULT_PARTITION) -> TokenTable:
+    """Token counts of every committed tile, from the manifest or the partition's own table."""
     num_scales = store.layouts[modality].grid.num_scales
     column = store.manifest[modality].combine_chunks()
+    if partition == DEFAULT_PARTITION:
+        tokens = column.field("tokens").flatten().to_numpy().reshape(-1, num_scales)
+    else:
+        starts = column.field("frame_start").to_numpy()
+        frames = column.field("num_frames").to_numpy()
+        tokens = _per_tile(store.partition(partition, modality).tokens, starts, frames)
     return TokenTable(
         modality=modality,
+        partition=partition,
         tile_ids=store.manifest["id"].to_pylist(),
         patch_sizes=store.layouts[modality].grid.patch_sizes,
-        tokens=column.field("tokens").flatten().to_numpy().reshape(-1, num_scales),
+        tokens=tokens,
         base_cells=column.field("base_cells").to_numpy(),
         valid_fraction=column.field("valid_fraction").to_numpy(),
     )
+
+
+def _per_tile(tokens: np.ndarray, starts: np.ndarray, num_frames: np.ndarray) -> np.ndarray:
+    """int64 [tile, scale] from int32 [frame, scale] of all frame slots."""
+    until = np.concatenate([np.zeros((1, tokens.shape[1]), np.int64), np.cumsum(tokens, axis=0)])
+    return until[starts + num_frames] - until[starts]
 
 
 def _share(part: Any, whole: Any) -> float | None:

@@ -1,13 +1,8 @@
-"""The store on disk: the only implementation of docs/format.md.
+"""Reading committed stores: the reading half of docs/format.md.
 
-A store is a Zarr v3 group. `StoreLayout` derives every array's shape, chunks, codecs and dimension
-names from a few numbers; `create_arrays` makes them, `encode_shard` turns one block of one array
-into the bytes of one object, and `Store` reads what has been committed.
+Nothing is read before it is asked for, and nothing is trusted that COMMIT.json does not vouch for.
 """
 
-import json
-import math
-import warnings
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,161 +12,28 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import tensorstore as ts
-import zarr
-from zarr.codecs import BloscCodec, Crc32cCodec
-from zarr.errors import ZarrUserWarning
 
 from pipeline import segments
-from pipeline.commit import LEDGER, MANIFEST, Ledger, read_commit, read_committed
+from pipeline.commit import (
+    LEDGER,
+    MANIFEST,
+    Ledger,
+    read_commit,
+    read_committed,
+)
 from pipeline.errors import IntegrityError, StoreError
 from pipeline.grid import BaseGrid
+from pipeline.layout import StoreLayout, layout_from_header, read_header
+from pipeline.partitions import (
+    DEFAULT_PARTITION,
+    PartitionLedger,
+    StoredPartition,
+    committed_ledger,
+    partition_path,
+)
+from pipeline.rules import DEFAULT_QUANTILE, WAYS
 
-FORMAT_NAME = "aptile"
-FORMAT_VERSION = "0.1"
-DEFAULT_PARTITION = "default"
-# Illegal as a scale, so that a row nobody wrote cannot pass for a leaf.
-NO_LEAF = 0xFF
 _READ_CACHE_BYTES = 32 * 2**20
-_CODECS: dict[str, dict[str, Any]] = {
-    "lz4": {"cname": "lz4", "clevel": 5, "shuffle": "shuffle"},
-    "zstd": {"cname": "zstd", "clevel": 1, "shuffle": "bitshuffle"},
-}
-
-
-@dataclass(frozen=True)
-class ArraySpec:
-    """One array: its full, shard and inner chunk shape, type, dimension names and fill value."""
-
-    shape: tuple[int, ...]
-    shard: tuple[int, ...]
-    chunk: tuple[int, ...]
-    dtype: str
-    dims: tuple[str, ...]
-    fill_value: float | int | bool
-
-    def shard_key(self, shard: int) -> str:
-        """Object name of a shard; arrays are sharded along their first axis only."""
-        return "/".join(["c", str(shard), *["0"] * (len(self.shape) - 1)])
-
-
-@dataclass(frozen=True)
-class StoreLayout:
-    """The numbers that fix every array of one modality."""
-
-    modality: str
-    bands: tuple[str, ...]
-    dtype: str
-    grid: BaseGrid
-    num_shards: int
-    shard_capacity: int
-    codec: str
-
-    @property
-    def num_frames(self) -> int:
-        """Frame slots, empty ones included."""
-        return self.num_shards * self.shard_capacity
-
-    def arrays(self) -> dict[str, ArraySpec]:
-        """Every array of the modality by its path below the store, in the order they are written."""
-        height, width = self.grid.shape_px
-        partition = f"{self.modality}/partitions/{DEFAULT_PARTITION}"
-        specs = {
-            f"{self.modality}/pixels": self._per_frame(
-                (len(self.bands), height, width), self.dtype, ("band", "y", "x"), 0
-            ),
-            f"{self.modality}/valid": self._per_frame((height, width), "bool", ("y", "x"), False),
-            f"{self.modality}/num_valid": self._per_frame((), "int32", (), 0),
-            f"{self.modality}/num_cells": self._per_frame((), "int32", (), 0),
-        }
-        for scale, size in enumerate(self.grid.patch_sizes):
-            specs[f"{self.modality}/score_{size}"] = self._per_frame(
-                self.grid.level_shape(scale),
-                "float32",
-                (f"cell_y_{size}", f"cell_x_{size}"),
-                math.nan,
-            )
-        specs[f"{partition}/scales"] = self._rows()
-        specs[f"{partition}/counts"] = self._per_frame((), "int32", (), 0)
-        specs[f"{partition}/tokens"] = self._per_frame(
-            (self.grid.num_scales,), "int32", ("scale",), 0
-        )
-        return specs
-
-    def _per_frame(
-        self, inner: tuple[int, ...], dtype: str, dims: tuple[str, ...], fill: float | int | bool
-    ) -> ArraySpec:
-        """One inner chunk per frame, but one per shard where a frame is only a few numbers."""
-        frames_per_chunk = 1 if len(inner) > 1 else self.shard_capacity
-        return ArraySpec(
-            shape=(self.num_frames, *inner),
-            shard=(self.shard_capacity, *inner),
-            chunk=(frames_per_chunk, *inner),
-            dtype=dtype,
-            dims=("frame", *dims),
-            fill_value=fill,
-        )
-
-    def _rows(self) -> ArraySpec:
-        """Slotted rows: every shard owns room for its fullest partition, all base cells."""
-        rows = self.shard_capacity * self.grid.num_cells
-        frames_per_chunk = math.gcd(self.shard_capacity, 16)
-        return ArraySpec(
-            shape=(self.num_shards * rows,),
-            shard=(rows,),
-            chunk=(frames_per_chunk * self.grid.num_cells,),
-            dtype="uint8",
-            dims=("row",),
-            fill_value=NO_LEAF,
-        )
-
-    @property
-    def rows_per_shard(self) -> int:
-        return self.shard_capacity * self.grid.num_cells
-
-
-def create_arrays(path: Path, layout: StoreLayout, header: dict[str, Any]) -> None:
-    """Write the group's metadata: `header` as its attribute `aptile`, and every array, empty."""
-    root = zarr.create_group(path, zarr_format=3, attributes={FORMAT_NAME: header})
-    group = root.create_group(layout.modality, attributes={"bands": list(layout.bands)})
-    group.create_group("partitions").create_group(DEFAULT_PARTITION)
-    for name, spec in layout.arrays().items():
-        root.create_array(
-            name,
-            shape=spec.shape,
-            shards=spec.shard,
-            chunks=spec.chunk,
-            dtype=spec.dtype,
-            compressors=_compressors(layout.codec, np.dtype(spec.dtype)),
-            fill_value=spec.fill_value,
-            dimension_names=spec.dims,
-        )
-    with warnings.catch_warnings():
-        # Not part of the Zarr v3 specification, but what xarray looks for first.
-        warnings.simplefilter("ignore", ZarrUserWarning)
-        zarr.consolidate_metadata(path)
-
-
-def read_array_metadata(path: Path, layout: StoreLayout) -> dict[str, dict[str, Any]]:
-    """The zarr.json of every array, by name, as `encode_shard` needs them."""
-    return {name: json.loads((path / name / "zarr.json").read_text()) for name in layout.arrays()}
-
-
-def encode_shard(metadata: dict[str, Any], block: np.ndarray) -> bytes | None:
-    """The object that holds `block`, the values of one whole shard; None if all are fill value.
-
-    The same values give the same bytes, whoever encodes them and whenever.
-    """
-    one_shard = {**metadata, "shape": list(block.shape)}
-    array = ts.open(
-        {"driver": "zarr3", "kvstore": "memory://", "metadata": one_shard},
-        create=True,
-        context=ts.Context({"data_copy_concurrency": {"limit": 1}}),
-    ).result()
-    array[...].write(block).result()
-    key = "/".join(["c", *["0"] * block.ndim])
-    assert array.kvstore is not None
-    stored = array.kvstore.read(key).result()
-    return bytes(stored.value) if stored.state == "value" else None
 
 
 @dataclass(frozen=True)
@@ -228,22 +90,6 @@ def open_store(path: str | Path) -> "Store":
     return Store(path, header, commit)
 
 
-def read_header(path: Path) -> dict[str, Any] | None:
-    """The store's own attributes; None if `path` is no aptile store of a version we can read."""
-    try:
-        attributes = json.loads((path / "zarr.json").read_text())["attributes"]
-        header = dict(attributes[FORMAT_NAME])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    version = header.get("format_version")
-    if version != FORMAT_VERSION:
-        raise StoreError(
-            f"{path}: written in format version {version!r}; this aptile reads {FORMAT_VERSION!r}. "
-            "Install the aptile that wrote it, or preprocess the archive again"
-        )
-    return header
-
-
 class Store:
     """A committed store. Arrays are opened at first use; nothing is read before it is asked for."""
 
@@ -252,7 +98,9 @@ class Store:
         self.header = header
         self.commit = commit
         self._arrays: dict[str, ts.TensorStore] = {}
-        self._checked_shards: set[int] = set()
+        self._checked_shards: set[tuple[str, str, int]] = set()
+        self._row_tables: dict[tuple[str, str], tuple[np.ndarray, np.ndarray]] = {}
+        self._partition_ledgers: dict[tuple[str, str], PartitionLedger] = {}
         self._context = ts.Context({"cache_pool": {"total_bytes_limit": _READ_CACHE_BYTES}})
 
     @property
@@ -263,7 +111,8 @@ class Store:
     @cached_property
     def layouts(self) -> dict[str, StoreLayout]:
         return {
-            name: _layout_from(name, entry) for name, entry in self.header["modalities"].items()
+            name: layout_from_header(name, entry)
+            for name, entry in self.header["modalities"].items()
         }
 
     @property
@@ -292,25 +141,84 @@ class Store:
         place = self.manifest[modality][index].as_py()
         return range(place["frame_start"], place["frame_start"] + place["num_frames"])
 
-    def tile(self, tile_id: str, modality: str | None = None) -> Tile:
+    def partitions(self, modality: str) -> list[str]:
+        """Names of a modality's committed partitions."""
+        return [DEFAULT_PARTITION, *sorted(self._partition_entries(modality))]
+
+    def partition(self, name: str, modality: str | None = None) -> StoredPartition:
+        """A committed partition, of the first modality unless one is named.
+
+        Raises StoreError if there is none of that name.
+        """
+        modality = modality or self.modalities[0]
+        self.check_partition(modality, name)
+        if name == DEFAULT_PARTITION:
+            rule = self._default_rule()
+            thresholds = rule.get("thresholds")
+        else:
+            entry = self._partition_entries(modality)[name]
+            rule, thresholds = dict(entry["rule"]), entry["thresholds"]
+            # A lost shard of counts would read as no tokens at all.
+            every = np.arange(self.layouts[modality].num_shards)
+            self._check_partition_shards(modality, name, every)
+        tokens = self.per_frame(modality, f"partitions/{name}/tokens")
+        fixed = None if thresholds is None else tuple(float(t) for t in thresholds)
+        return StoredPartition(modality, name, rule, fixed, tokens)
+
+    def check_partition(self, modality: str, name: str) -> None:
+        """Raise StoreError, which lists the names there are, unless the partition is committed."""
+        if name not in self.partitions(modality):
+            raise StoreError(
+                f"{self.path}: no partition {name!r}; there are "
+                f"{', '.join(self.partitions(modality))}. `aptile repartition` makes others"
+            )
+
+    def _partition_entries(self, modality: str) -> dict[str, Any]:
+        return dict(self.commit.get("partitions", {}).get(modality, {}))
+
+    def _default_rule(self) -> dict[str, Any]:
+        """What the configuration says of the rule, without what it leaves open."""
+        given = self.header["config"]["partition"]
+        ways = {name: given.get(name) for name in WAYS}
+        return {name: value for name, value in ways.items() if value is not None} or {
+            "quantile": DEFAULT_QUANTILE
+        }
+
+    def tile(
+        self, tile_id: str, modality: str | None = None, partition: str = DEFAULT_PARTITION
+    ) -> Tile:
         """A tile with everything decoded, of the first modality unless one is named."""
         modality = modality or self.modalities[0]
         frames = np.array(self.frame_range(self.tile_index(tile_id), modality), np.int64)
-        read = self.read_frames(modality, frames)
+        read = self.read_frames(modality, frames, partition)
         grid = self.layouts[modality].grid
-        maps = [self._read(f"{modality}/score_{size}", frames) for size in grid.patch_sizes]
+        maps = self.read_score_maps(modality, frames)
         return Tile(tile_id, read.pixels, read.valid, maps, read.scales, grid)
 
-    def read_frames(self, modality: str, frames: np.ndarray) -> Frames:
-        """Pixels, validity and scales of `frames` (int64 [n], any order), read concurrently."""
+    def read_score_maps(self, modality: str, frames: np.ndarray) -> list[np.ndarray]:
+        """float32 [frame, cell_y, cell_x] of `frames` (int64 [n], any order), fine to coarse."""
+        sizes = self.layouts[modality].grid.patch_sizes
+        pending = [self._pending(f"{modality}/score_{size}", frames) for size in sizes]
+        return [_result(maps) for maps in pending]
+
+    def read_frames(
+        self, modality: str, frames: np.ndarray, partition: str = DEFAULT_PARTITION
+    ) -> Frames:
+        """Pixels, validity and scales of `frames` (int64 [n], any order), read concurrently.
+
+        Raises StoreError if there is no such partition.
+        """
         layout = self.layouts[modality]
-        for shard in np.unique(frames // layout.shard_capacity).tolist():
-            self._check_shard(modality, shard)
+        self.check_partition(modality, partition)
+        self.check_shards(frames // layout.shard_capacity)
+        if partition != DEFAULT_PARTITION:
+            self._check_partition_shards(modality, partition, frames // layout.shard_capacity)
         pixels = self._pending(f"{modality}/pixels", frames)
         valid = self._pending(f"{modality}/valid", frames)
-        scales_array = self._array(f"{modality}/partitions/{DEFAULT_PARTITION}/scales")
-        begins = self._row_starts(modality)[frames]
-        ends = begins + self._counts(modality)[frames]
+        scales_array = self._array(f"{partition_path(modality, partition)}/scales")
+        counts, row_starts = self._rows_of(modality, partition)
+        begins = row_starts[frames]
+        ends = begins + counts[frames]
         rows = [scales_array[b:e].read() for b, e in zip(begins, ends, strict=True)]
         scales = [np.asarray(row.result()) for row in rows]
         for frame, leaf_scales in zip(frames.tolist(), scales, strict=True):
@@ -330,11 +238,25 @@ class Store:
         """Reason by scene id of every input that is not in the store."""
         return self._ledger.quarantined()
 
-    def _check_shard(self, modality: str, shard: int) -> None:
-        """A lost object would read as fill value; so every shard is looked at once before use."""
-        if shard in self._checked_shards:
+    def check_shards(self, shards: np.ndarray) -> None:
+        """Raise IntegrityError if an object of these shards is lost or has another size.
+
+        A lost object would read as fill value; so every shard is looked at once before use.
+        """
+        for shard in np.unique(shards).tolist():
+            self._check_objects(("", "", shard), self._ledger.shards)
+
+    def _check_partition_shards(self, modality: str, name: str, shards: np.ndarray) -> None:
+        key = (modality, name)
+        if key not in self._partition_ledgers:
+            self._partition_ledgers[key] = committed_ledger(self.path, *key, self.commit)
+        for shard in np.unique(shards).tolist():
+            self._check_objects((*key, shard), self._partition_ledgers[key].shards)
+
+    def _check_objects(self, key: tuple[str, str, int], rows: dict[int, dict[str, Any]]) -> None:
+        if key in self._checked_shards:
             return
-        for name, written in self._ledger.shards[shard]["objects"].items():
+        for name, written in rows[key[2]]["objects"].items():
             path = self.path / name
             size = path.stat().st_size if path.exists() else None
             if size != written["bytes"]:
@@ -342,7 +264,7 @@ class Store:
                     f"{path} is {'missing' if size is None else f'{size} bytes long'}; the ledger "
                     f"says {written['bytes']} bytes. The store is damaged: preprocess into a new one"
                 )
-        self._checked_shards.add(shard)
+        self._checked_shards.add(key)
 
     def _array(self, name: str) -> ts.TensorStore:
         if name not in self._arrays:
@@ -371,63 +293,17 @@ class Store:
     def _whole(self, name: str) -> np.ndarray:
         return _result(self._array(name).read())
 
-    def _counts(self, modality: str) -> np.ndarray:
-        return self._rows_of(modality)[0]
-
-    def _row_starts(self, modality: str) -> np.ndarray:
-        return self._rows_of(modality)[1]
-
-    def _rows_of(self, modality: str) -> tuple[np.ndarray, np.ndarray]:
+    def _rows_of(self, modality: str, partition: str) -> tuple[np.ndarray, np.ndarray]:
         """Leaf count and first row, int64 [frame], of every frame slot."""
-        if modality not in self._row_tables:
+        key = (modality, partition)
+        if key not in self._row_tables:
             layout = self.layouts[modality]
-            counts = self._whole(f"{modality}/partitions/{DEFAULT_PARTITION}/counts").astype(
-                np.int64
-            )
-            per_shard = counts.reshape(layout.num_shards, layout.shard_capacity)
+            whole = self._whole(f"{partition_path(*key)}/counts").astype(np.int64)
+            per_shard = whole.reshape(layout.num_shards, layout.shard_capacity)
             within = np.cumsum(per_shard, axis=1) - per_shard
             first = np.arange(layout.num_shards)[:, None] * layout.rows_per_shard
-            self._row_tables[modality] = counts, (first + within).ravel()
-        return self._row_tables[modality]
-
-    @cached_property
-    def _row_tables(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        return {}
-
-
-def modality_header(
-    layout: StoreLayout, value_ranges: Any, sample_distance_m: Any
-) -> dict[str, Any]:
-    """What a reader needs to know of a modality, as stored under `modalities` in the header."""
-    return {
-        "bands": list(layout.bands),
-        "dtype": layout.dtype,
-        "value_range": [list(pair) for pair in value_ranges],
-        "ground_sample_distance_m": sample_distance_m,
-        "base_patch_size": layout.grid.base_patch_size,
-        "num_scales": layout.grid.num_scales,
-        "tile_size_px": layout.grid.shape_px[0],
-        "num_shards": layout.num_shards,
-        "shard_capacity": layout.shard_capacity,
-        "codec": layout.codec,
-    }
-
-
-def _layout_from(name: str, entry: dict[str, Any]) -> StoreLayout:
-    cells = entry["tile_size_px"] // entry["base_patch_size"]
-    return StoreLayout(
-        modality=name,
-        bands=tuple(entry["bands"]),
-        dtype=entry["dtype"],
-        grid=BaseGrid(cells, cells, entry["base_patch_size"], entry["num_scales"]),
-        num_shards=entry["num_shards"],
-        shard_capacity=entry["shard_capacity"],
-        codec=entry["codec"],
-    )
-
-
-def _compressors(codec: str, dtype: np.dtype[Any]) -> list[Any]:
-    return [BloscCodec(**_CODECS[codec], typesize=dtype.itemsize, blocksize=0), Crc32cCodec()]
+            self._row_tables[key] = whole, (first + within).ravel()
+        return self._row_tables[key]
 
 
 def _result(pending: "ts.Future[Any]") -> np.ndarray:

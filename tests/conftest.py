@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
-from support import aptile, save_scene
 
+from support import aptile, save_scene
 from workflows.demo import write_archive
 
 ROOT = Path(__file__).parent.parent

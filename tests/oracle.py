@@ -49,3 +49,45 @@ def leaves(maps, thresholds, num_scales):
         for x in range(0, maps[0].shape[1], side):
             visit(y, x, num_scales - 1)
     return found
+
+
+def budget_leaves(maps, num_tokens, num_scales):
+    """Greedy, from the definition: every round looks at all leaves anew.
+
+    Set of (y, x, scale, missing), positions in base cells.
+    """
+    side = 2 ** (num_scales - 1)
+
+    def score(y, x, scale):
+        return maps[scale][y >> scale, x >> scale]
+
+    def place(y, x, scale):
+        """Storage order as a path: the root, then a quadrant per level."""
+        quadrants = [(y >> level & 1, x >> level & 1) for level in range(num_scales - 2, -1, -1)]
+        return [(y // side, x // side), *quadrants]
+
+    def children(y, x, scale):
+        half = 2 ** (scale - 1)
+        return [(y + dy, x + dx, scale - 1) for dy in (0, half) for dx in (0, half)]
+
+    def present(nodes):
+        return sum(not np.isnan(score(*node)) for node in nodes)
+
+    found = {
+        (y, x, num_scales - 1)
+        for y in range(0, maps[0].shape[0], side)
+        for x in range(0, maps[0].shape[1], side)
+    }
+    while True:
+        fitting = [
+            leaf
+            for leaf in found
+            if leaf[2] > 0
+            and present([leaf])
+            and present(found) - 1 + present(children(*leaf)) <= num_tokens
+        ]
+        if not fitting:
+            return {(*leaf, not present([leaf])) for leaf in found}
+        highest = max(score(*leaf) for leaf in fitting)
+        chosen = min((leaf for leaf in fitting if score(*leaf) == highest), key=lambda n: place(*n))
+        found = (found - {chosen}) | set(children(*chosen))

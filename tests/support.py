@@ -1,13 +1,17 @@
 """What tests share: scenes made on the spot and the command line in this process."""
 
+import filecmp
 import warnings
 from pathlib import Path
 
 import numpy as np
 import rasterio
 from affine import Affine
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 from rasterio.errors import NotGeoreferencedWarning
 
+from pipeline.grid import BaseGrid
 from workflows.cli import app, run
 
 
@@ -50,3 +54,53 @@ def textured(shape: tuple[int, int, int], seed: int = 0, dtype: str = "uint16") 
     image = np.kron(coarse, np.ones((16, 16)))[:, :height, :width]
     busy = rng.normal(0, 400, shape) * (np.arange(width) > width // 2)
     return np.clip(image + busy, 1, 9999).astype(dtype)
+
+
+@st.composite
+def grids_and_maps(draw, num_frames=None, levels=8):
+    """A grid and score maps [frame, cell_y, cell_x] of few different scores, so ties abound.
+
+    NaN in any base cell; a coarser node is NaN where all its cells are. Without `num_frames` the maps
+    are of one frame and have no such axis.
+    """
+    num_scales = draw(st.integers(1, 4))
+    side = 2 ** (num_scales - 1)
+    grid = BaseGrid(side * draw(st.integers(1, 3)), side * draw(st.integers(1, 3)), 2, num_scales)
+    frames = num_frames or 1
+    score = st.integers(0, levels).map(lambda step: step / levels)
+    base = draw(hnp.arrays(np.float32, (frames, grid.rows, grid.cols), elements=score))
+    base[draw(hnp.arrays(np.bool_, base.shape, elements=st.booleans()))] = np.nan
+    maps = [base]
+    for scale in range(1, num_scales):
+        rows, cols = grid.level_shape(scale)
+        level = draw(hnp.arrays(np.float32, (frames, rows, cols), elements=score))
+        blocks = base.reshape(frames, rows, 2**scale, cols, 2**scale)
+        level[np.isnan(blocks).all((2, 4))] = np.nan
+        maps.append(level)
+    return grid, maps if num_frames else [m[0] for m in maps]
+
+
+class Watching:
+    """An observer that keeps what it hears, and can interrupt the job after some shards."""
+
+    def __init__(self, interrupt_after: int | None = None) -> None:
+        self.done, self.tiles, self.interrupt_after = 0, 0, interrupt_after
+
+    def planned(self, plan, done_tiles):
+        self.tiles = done_tiles
+
+    def shard_done(self, tiles):
+        self.done += 1
+        self.tiles += tiles
+        if self.done == self.interrupt_after:
+            raise KeyboardInterrupt
+
+
+def files(store: Path) -> list[str]:
+    return sorted(p.relative_to(store).as_posix() for p in store.rglob("*") if p.is_file())
+
+
+def assert_same_bytes(first: Path, second: Path) -> None:
+    assert files(first) == files(second)
+    _, differing, unreadable = filecmp.cmpfiles(first, second, files(first), shallow=False)
+    assert differing == unreadable == []

@@ -13,7 +13,8 @@ from pydantic import BaseModel
 from model.training import TrainConfig
 from pipeline.config import PreprocessConfig, load_config
 from pipeline.grid import BaseGrid
-from pipeline.store import StoreLayout
+from pipeline.layout import StoreLayout
+from pipeline.scorers.config import SCORER_CONFIGS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -91,7 +92,7 @@ def test_the_format_page_lists_every_array():
 def settings(model: type[BaseModel], prefix: str = ""):
     """(key, default, description) of every setting, depth first."""
     for name, field in model.model_fields.items():
-        if name == "scoring":
+        if name in {"scoring", "scorer"}:
             continue
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             yield from settings(field.annotation, f"{prefix}{name}.")
@@ -100,8 +101,12 @@ def settings(model: type[BaseModel], prefix: str = ""):
             yield f"{prefix}{name}", default, field.description
 
 
-@pytest.mark.parametrize("model", [PreprocessConfig, TrainConfig])
+@pytest.mark.parametrize("model", [PreprocessConfig, TrainConfig, *SCORER_CONFIGS])
 def test_the_configuration_page_lists_every_setting(model):
     page = (ROOT / "docs" / "configuration.md").read_text()
-    for key, default, description in settings(model):
+    if model in SCORER_CONFIGS:
+        heading = f"### `{model.model_fields['scorer'].default}`"
+        page = page.split(heading)[1].split("\n##")[0]
+    prefix = "scoring." if model in SCORER_CONFIGS else ""
+    for key, default, description in settings(model, prefix):
         assert f"| `{key}` | {default} | {description} |" in page

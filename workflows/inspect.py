@@ -5,16 +5,25 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
+from pipeline.calibrate import store_curve
+from pipeline.config import plain
 from pipeline.errors import EXIT_OK, ConfigError
+from pipeline.partitions import DEFAULT_PARTITION
+from pipeline.rules import rule_in_words
 from pipeline.stats import TOKEN_PERCENTILES, token_table
 from pipeline.store import Store, open_store
 from workflows.terminal import console, note, plain_table, print_json
+
+# Rows of the curve are at these fractions of the scores.
+_CURVE_STEPS = 20
 
 
 def inspect(
     store: Path,
     tile: str | None = None,
     *,
+    partition: str = DEFAULT_PARTITION,
+    curve: Annotated[bool, Parameter(negative="")] = False,
     png: Path | None = None,
     json: Annotated[bool, Parameter(negative="")] = False,
 ) -> int:
@@ -26,30 +35,45 @@ def inspect(
         A store made by `aptile preprocess`.
     tile
         Id of one tile, as listed with --json; its counts instead of the whole store's.
+    partition
+        Which of the store's partitions; `aptile repartition` makes others than the default one.
+    curve
+        Show instead how many tokens per tile other thresholds would give, from the stored scores.
     png
-        Draw the tile's quadtree over its image, beside its score maps, into this file.
+        Draw the tile's quadtree over its image, beside its score maps, or the curve, into this file.
     json
         Print the numbers as JSON on stdout.
     """
     opened = open_store(store)
+    if curve:
+        if tile is not None or partition != DEFAULT_PARTITION:
+            raise ConfigError(
+                "--curve is about all tiles and any thresholds; leave out the tile and --partition"
+            )
+        show_curves(opened, png, json)
+        return EXIT_OK
     if png is not None and tile is None:
         first = opened.manifest["id"][0].as_py()
         raise ConfigError(
             f"--png needs a tile to draw; for example: aptile inspect {store} {first}"
         )
-    for content in summaries(opened, tile):
+    for content in summaries(opened, tile, partition):
         if json:
             print_json(content)
         else:
             show_summary(content)
     if png is not None and tile is not None:
-        draw(opened, tile, png)
+        draw(opened, tile, png, partition)
     return EXIT_OK
 
 
-def summaries(store: Store, tile: str | None = None) -> list[dict[str, Any]]:
+def summaries(
+    store: Store, tile: str | None = None, partition: str = DEFAULT_PARTITION
+) -> list[dict[str, Any]]:
     """The token table of every modality, of the whole store or of one tile."""
-    tables = [token_table(store, modality) for modality in store.modalities]
+    for modality in store.modalities:
+        store.check_partition(modality, partition)
+    tables = [token_table(store, modality, partition) for modality in store.modalities]
     if tile is not None:
         index = store.tile_index(tile)
         tables = [table.select([index]) for table in tables]
@@ -57,6 +81,7 @@ def summaries(store: Store, tile: str | None = None) -> list[dict[str, Any]]:
         {
             "store": str(store.path),
             **table.summary(),
+            "rule": plain(store.partition(partition, table.modality).rule),
             "quarantined": store.quarantined(),
             "per_tile": [
                 {"tile": name, "tokens": int(tokens.sum()), "base_cells": int(cells)}
@@ -69,13 +94,63 @@ def summaries(store: Store, tile: str | None = None) -> list[dict[str, Any]]:
     ]
 
 
-def draw(store: Store, tile: str, png: Path) -> None:
+def show_curves(store: Store, png: Path | None, as_json: bool) -> None:
+    """Mean tokens per tile against thresholds, of every modality; the first one's is drawn."""
+    contents = [curve_summary(store, modality) for modality in store.modalities]
+    for content in contents:
+        if as_json:
+            print_json(plain(content))
+        else:
+            _show_curve(content)
+    if png is not None:
+        from pipeline.curve_plot import draw_curve  # matplotlib is an extra
+
+        try:
+            draw_curve(contents[0], png)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"--png {png}: cannot write the picture: {error}") from None
+        note(f"drew {png}")
+
+
+def curve_summary(store: Store, modality: str) -> dict[str, Any]:
+    """Thresholds (fine to coarse) and mean tokens per tile at each step of the quantile."""
+    curve = store_curve(store, modality)
+    quantiles = [step / _CURVE_STEPS for step in range(_CURVE_STEPS + 1)]
+    return {
+        "store": str(store.path),
+        "modality": modality,
+        "patch_sizes": list(store.layouts[modality].grid.patch_sizes),
+        "tiles": curve.num_tiles,
+        "curve": [
+            {
+                "quantile": quantile,
+                "thresholds": curve.thresholds(quantile),
+                "mean_tokens": curve.mean_tokens(quantile),
+            }
+            for quantile in quantiles
+        ],
+    }
+
+
+def _show_curve(content: dict[str, Any]) -> None:
+    out = console()
+    out.print(f"{content['store']}  modality {content['modality']}  tiles {content['tiles']}")
+    out.print()
+    sizes = [f"threshold {size} px" for size in content["patch_sizes"][1:]]
+    table = plain_table("quantile", *sizes, "tokens per tile")
+    for row in content["curve"]:
+        shown = [f"{threshold:.4g}" for threshold in row["thresholds"]]
+        table.add_row(f"{row['quantile']:.2f}", *shown, f"{row['mean_tokens']:.2f}")
+    out.print(table)
+
+
+def draw(store: Store, tile: str, png: Path, partition: str = DEFAULT_PARTITION) -> None:
     """The overlay picture of a tile's first modality."""
     from pipeline.overlay import draw_tile  # matplotlib is an extra
 
     modality = store.modalities[0]
     try:
-        draw_tile(store.tile(tile, modality), store.layouts[modality].bands, png)
+        draw_tile(store.tile(tile, modality, partition), store.layouts[modality].bands, png)
     except (OSError, ValueError) as error:
         raise ConfigError(f"--png {png}: cannot write the picture: {error}") from None
     note(f"drew {png}")
@@ -86,6 +161,7 @@ def show_summary(content: dict[str, Any]) -> None:
     out = console()
     ratio, valid = content["token_ratio"], content["valid_fraction"]
     out.print(f"{content['store']}  modality {content['modality']}")
+    out.print(f"partition        {content['partition']}: {rule_in_words(content['rule'])}")
     out.print(f"tiles            {content['tiles']}")
     out.print(
         f"tokens           {content['tokens']} of {content['uniform_base_tokens']} on the uniform "

@@ -66,7 +66,7 @@ def preprocess(
 def preprocess_archive(source: str, store: Path, settings: PreprocessConfig) -> JobReport:
     """Run the job with a progress bar, and say what came of it."""
     with progress_bar("tiles") as bar:
-        report = run_job(source, store, settings, ShardProgress(bar))
+        report = run_job(source, store, settings, ShardProgress(bar, "preprocess"))
     for scene, reason in report.quarantined.items():
         note(f"quarantined {scene}: {reason}")
     note(

@@ -17,8 +17,6 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from pipeline.plan import Plan
-
 _PIPE_WIDTH = 160
 
 
@@ -68,12 +66,12 @@ def progress_bar(unit: str) -> Iterator[Progress]:
 class ShardProgress:
     """A job's observer that moves a bar by tiles."""
 
-    def __init__(self, bar: Progress) -> None:
+    def __init__(self, bar: Progress, what: str) -> None:
         self._bar = bar
-        self._task = bar.add_task("preprocess", total=None, extra="")
+        self._task = bar.add_task(what, total=None, extra="")
 
-    def planned(self, plan: Plan, done_tiles: int) -> None:
-        self._bar.update(self._task, total=len(plan.tiles), completed=done_tiles)
+    def planned(self, num_tiles: int, done_tiles: int) -> None:
+        self._bar.update(self._task, total=num_tiles, completed=done_tiles)
 
     def shard_done(self, tiles: int) -> None:
         self._bar.advance(self._task, tiles)

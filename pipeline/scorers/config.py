@@ -225,6 +225,11 @@ def _scorer_name(value: Any) -> str:
     return str(getattr(value, "scorer", "entropy"))
 
 
+SCORER_CONFIGS: tuple[type[ScorerConfig], ...] = (
+    EntropyConfig, LaplacianConfig, VarianceConfig, GradientConfig, CannyConfig, SaliencyConfig,
+    UpsampleErrorConfig, SpectralAngleConfig, ExternalConfig,
+)  # fmt: skip
+
 Scoring = Annotated[
     Annotated[EntropyConfig, Tag("entropy")]
     | Annotated[LaplacianConfig, Tag("laplacian")]

@@ -4,6 +4,8 @@ import csv
 import json
 import math
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ import torch
 from model.checkpoint import read_checkpoint
 from model.data import TileDataset
 from model.encoder import APTEncoder, EncoderConfig
+from model.objectives import random_masking
 from model.training import Pretraining, TrainConfig, train
 from pipeline.errors import StoreError
 from pipeline.store import open_store
@@ -136,6 +139,34 @@ def test_ctrl_c_is_an_interruption_like_any_other(chip_store, finished, tmp_path
     assert (tmp_path / "loss.csv").read_bytes() == (finished / "loss.csv").read_bytes()
 
 
+def test_a_killed_process_leaves_a_run_that_goes_on(chip_store, tmp_path):
+    """No `finally` runs, no buffer is written out."""
+    script = """
+import os, sys
+from pathlib import Path
+from model.training import TrainConfig, train
+config = TrainConfig.model_validate_json(sys.argv[3])
+train(Path(sys.argv[1]), Path(sys.argv[2]), config, lambda step, loss: step == 7 and os._exit(9))
+"""
+    arguments = [chip_store, tmp_path, CONFIG.model_dump_json()]
+    killed = subprocess.run([sys.executable, "-c", script, *arguments], check=False)
+    assert killed.returncode == 9
+    assert train(chip_store, tmp_path, CONFIG, ignore).steps_now == 2
+    assert [row["step"] for row in loss_rows(tmp_path)] == [str(i) for i in range(CONFIG.steps)]
+
+
+def test_every_step_hides_other_tokens(chip_store, tmp_path, monkeypatch):
+    seeds = []
+
+    def recording(batch, share, seed):
+        seeds.append(seed)
+        return random_masking(batch, share, seed)
+
+    monkeypatch.setattr("model.training.random_masking", recording)
+    train(chip_store, tmp_path, CONFIG, ignore)
+    assert len(set(seeds)) == len(seeds) == CONFIG.steps
+
+
 def test_another_seed_is_another_run(chip_store, finished, tmp_path):
     train(chip_store, tmp_path, CONFIG.model_copy(update={"seed": 6}), ignore)
     assert loss_rows(tmp_path)[0]["loss"] != loss_rows(finished)[0]["loss"]
@@ -188,7 +219,7 @@ def test_another_configuration_is_refused_and_nothing_changes(chip_store, copy, 
 def test_other_data_is_refused_and_nothing_changes(chip_store, copy, run):
     (copy / "run.json").write_text(run, encoding="latin-1")
     before = content(copy)
-    with pytest.raises(StoreError, match="holds a run of other data"):
+    with pytest.raises(StoreError, match="holds (a run of other data|an unreadable run.json)"):
         train(chip_store, copy, CONFIG, ignore)
     assert content(copy) == before
 

@@ -1,12 +1,12 @@
 """Combinations of bands, normalisation, and the computer-vision flavour of the entropy score."""
 
 import numpy as np
-import oracle
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+import oracle
 from pipeline import partition_image, score_maps
 from pipeline.errors import ConfigError
 from pipeline.scorers.config import LUMA, EntropyConfig

@@ -1,4 +1,3 @@
-import filecmp
 import os
 import signal
 import subprocess
@@ -9,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import rasterio
-from support import save_scene, textured
 
 from pipeline import open_store, partition_image, segments
 from pipeline.commit import LEDGER
 from pipeline.config import PreprocessConfig, load_config
 from pipeline.errors import ArchiveError, StoreError
 from pipeline.job import run_job
+from support import Watching, assert_same_bytes, files, save_scene, textured
 
 SMALL = (
     "store.tile_size_px=32",
@@ -26,38 +25,12 @@ SMALL = (
 )
 
 
-class Watching:
-    """An observer that keeps what it hears, and can interrupt the job after some shards."""
-
-    def __init__(self, interrupt_after: int | None = None) -> None:
-        self.done, self.tiles, self.interrupt_after = 0, 0, interrupt_after
-
-    def planned(self, plan, done_tiles):
-        self.tiles = done_tiles
-
-    def shard_done(self, tiles):
-        self.done += 1
-        self.tiles += tiles
-        if self.done == self.interrupt_after:
-            raise KeyboardInterrupt
-
-
 def settings(*overrides: str) -> PreprocessConfig:
     return load_config(PreprocessConfig, None, [*SMALL, *overrides])
 
 
 def run(source: Path, store: Path, *overrides: str, observer: Watching | None = None):
     return run_job(str(source), store, settings(*overrides), observer or Watching())
-
-
-def files(store: Path) -> list[str]:
-    return sorted(p.relative_to(store).as_posix() for p in store.rglob("*") if p.is_file())
-
-
-def assert_same_bytes(first: Path, second: Path) -> None:
-    assert files(first) == files(second)
-    _, differing, unreadable = filecmp.cmpfiles(first, second, files(first), shallow=False)
-    assert differing == unreadable == []
 
 
 @pytest.fixture(scope="module")

@@ -1,32 +1,24 @@
 import numpy as np
-import oracle
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
 
+import oracle
 from pipeline import partition_image, segments
 from pipeline.errors import ConfigError, IntegrityError
 from pipeline.grid import BaseGrid, covering_grid
 from pipeline.quadtree import partition_scales
+from support import grids_and_maps
 
 
 @st.composite
 def maps_and_thresholds(draw):
-    num_scales = draw(st.integers(1, 4))
-    side = 2 ** (num_scales - 1)
-    grid = BaseGrid(side * draw(st.integers(1, 3)), side * draw(st.integers(1, 3)), 2, num_scales)
-    score = st.integers(0, 8).map(lambda eighths: eighths / 8)
-    base = draw(hnp.arrays(np.float32, grid.level_shape(0), elements=score))
-    base[draw(hnp.arrays(np.bool_, base.shape, elements=st.booleans()))] = np.nan
-    maps = [base]
-    for scale in range(1, num_scales):
-        level = draw(hnp.arrays(np.float32, grid.level_shape(scale), elements=score))
-        blocks = base.reshape(level.shape[0], 2**scale, level.shape[1], 2**scale)
-        level[np.isnan(blocks).all((1, 3))] = np.nan
-        maps.append(level)
-    threshold = st.one_of(score, st.sampled_from([-np.inf, np.inf]))
-    return grid, maps, draw(st.lists(threshold, min_size=num_scales - 1, max_size=num_scales - 1))
+    grid, maps = draw(grids_and_maps())
+    number = grid.num_scales - 1
+    threshold = st.one_of(
+        st.integers(0, 8).map(lambda eighths: eighths / 8), st.sampled_from([-np.inf, np.inf])
+    )
+    return grid, maps, draw(st.lists(threshold, min_size=number, max_size=number))
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,12 @@
 import itertools
 
 import numpy as np
-import oracle
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+import oracle
 from pipeline import score_maps
 from pipeline.errors import ConfigError
 from pipeline.scorers.entropy import bin_indices

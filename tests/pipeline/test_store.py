@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pipeline import open_store, segments
 from pipeline.errors import IntegrityError, StoreError
 from pipeline.grid import BaseGrid
-from pipeline.store import StoreLayout, create_arrays, encode_shard, read_array_metadata
+from pipeline.layout import StoreLayout, create_arrays, encode_shard
 
 LAYOUT = StoreLayout(
     modality="image",
@@ -24,6 +24,10 @@ LAYOUT = StoreLayout(
 )
 
 
+def metadata_of(path, layout):
+    return {name: json.loads((path / name / "zarr.json").read_text()) for name in layout.arrays()}
+
+
 @pytest.fixture
 def damaged(chip_store, tmp_path):
     """A copy of the chip's store that a test may spoil."""
@@ -32,7 +36,7 @@ def damaged(chip_store, tmp_path):
 
 def test_zarr_reads_what_a_shard_was_encoded_from(tmp_path):
     create_arrays(tmp_path / "store", LAYOUT, {})
-    metadata = read_array_metadata(tmp_path / "store", LAYOUT)
+    metadata = metadata_of(tmp_path / "store", LAYOUT)
     rng = np.random.default_rng(0)
     for name, spec in LAYOUT.arrays().items():
         block = rng.integers(0, 2 if spec.dtype == "bool" else 100, spec.shard).astype(spec.dtype)
@@ -48,7 +52,7 @@ def test_zarr_reads_what_a_shard_was_encoded_from(tmp_path):
 
 def test_a_block_of_fill_values_needs_no_object(tmp_path):
     create_arrays(tmp_path / "store", LAYOUT, {})
-    metadata = read_array_metadata(tmp_path / "store", LAYOUT)
+    metadata = metadata_of(tmp_path / "store", LAYOUT)
     for name, spec in LAYOUT.arrays().items():
         block = np.full(spec.shard, spec.fill_value, spec.dtype)
         assert encode_shard(metadata[name], block) is None
@@ -60,7 +64,7 @@ def test_equal_values_encode_to_equal_bytes(tmp_path_factory, seed, codec):
     layout = StoreLayout(**{**LAYOUT.__dict__, "codec": codec})
     path = tmp_path_factory.mktemp("store") / "store"
     create_arrays(path, layout, {})
-    metadata = read_array_metadata(path, layout)["image/pixels"]
+    metadata = metadata_of(path, layout)["image/pixels"]
     block = np.random.default_rng(seed).integers(0, 9, (3, 2, 16, 16)).astype(np.int16)
     assert encode_shard(metadata, block) == encode_shard(metadata, block.copy())
 

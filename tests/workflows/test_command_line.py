@@ -8,6 +8,7 @@ from importlib.metadata import version
 
 import numpy as np
 import pytest
+
 from support import aptile, save_scene, textured
 
 

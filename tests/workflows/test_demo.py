@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import rasterio
 import spyndex
+
 from support import aptile
 
 

@@ -1,0 +1,114 @@
+"""Where tasks run: a user's Dask scheduler, local worker processes, or this process.
+
+One task is one whole shard; a bounded number is under way, so that the scheduler never holds more than
+a few of them, however large the job.
+"""
+
+import contextlib
+import importlib.util
+import logging
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol, TypeVar
+
+from distributed import Client, LocalCluster, as_completed
+from distributed.scheduler import KilledWorker
+
+from pipeline.config import RunConfig
+from pipeline.errors import StoreError
+
+# Shards under way per worker: one at work, one waiting.
+_IN_FLIGHT_PER_WORKER = 2
+TaskT = TypeVar("TaskT")
+
+
+class Observer(Protocol):
+    """Hears how the job goes, in tiles; what an earlier run did is included in `done_tiles`."""
+
+    def planned(self, num_tiles: int, done_tiles: int) -> None: ...
+
+    def shard_done(self, tiles: int) -> None: ...
+
+
+def run_tasks(
+    function: Callable[[TaskT], dict[str, Any]],
+    tasks: Iterator[TaskT],
+    num_tasks: int,
+    run: RunConfig,
+    store: str,
+) -> Iterator[dict[str, Any]]:
+    """The function's results in order of completion; tasks are made as they are needed.
+
+    Raises StoreError if no scheduler answers, or if a task kills its workers.
+    """
+    with _client(run, num_tasks) as client:
+        yield from _results(client, function, tasks, store)
+
+
+def _results(
+    client: Client, function: Callable[[TaskT], dict[str, Any]], tasks: Iterator[TaskT], store: str
+) -> Iterator[dict[str, Any]]:
+    running = as_completed([])
+    window = _IN_FLIGHT_PER_WORKER * max(1, len(client.scheduler_info(n_workers=-1)["workers"]))
+
+    def submit_next() -> None:
+        for task in tasks:
+            running.add(client.submit(function, task, pure=False))
+            return
+
+    for _ in range(window):
+        submit_next()
+    try:
+        for future in running:
+            row = future.result()
+            future.release()
+            submit_next()
+            yield row
+    except KilledWorker as error:
+        raise StoreError(
+            f"{store}: a shard killed its workers, most likely for lack of memory ({error}); run the "
+            "same command again with fewer run.workers, what is done stays done"
+        ) from None
+
+
+@contextlib.contextmanager
+def _client(run: RunConfig, num_tasks: int) -> Iterator[Client]:
+    """A client of the user's scheduler, or of local single-threaded worker processes."""
+    if run.scheduler is not None:
+        try:
+            client = Client(run.scheduler, timeout="10s")
+        except (OSError, ValueError) as error:
+            raise StoreError(
+                f"run.scheduler {run.scheduler}: no Dask scheduler answers there ({error}); start one "
+                "with `dask scheduler`, or leave the option out"
+            ) from None
+        with client:
+            yield client
+        return
+    workers = min(run.workers or os.cpu_count() or 1, num_tasks)
+    dashboard = "127.0.0.1:0" if importlib.util.find_spec("bokeh") else None
+    with _ignored_interrupts():
+        cluster = LocalCluster(
+            n_workers=workers,
+            threads_per_worker=1,
+            processes=True,
+            dashboard_address=dashboard,
+            silence_logs=logging.CRITICAL,
+        )
+    with cluster, Client(cluster) as client:
+        yield client
+
+
+@contextlib.contextmanager
+def _ignored_interrupts() -> Iterator[None]:
+    """Child processes started inside ignore Ctrl-C: the parent alone decides how a job ends."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
