@@ -17,7 +17,6 @@ from affine import Affine
 
 sys.path.insert(0, str(Path(__file__).parent))
 from common import arguments, best_seconds, report
-
 from pipeline.archive import open_raster
 from pipeline.grid import BaseGrid
 from pipeline.quadtree import partition_scales

@@ -1,0 +1,161 @@
+"""Every scorer at the same token budget: what its quadtree loses, and how long it takes.
+
+For each scene every scorer gets as many tokens as the uniform grid of 8 px has (budget rule). `lost` is
+the share of the pixels' variance that is gone when each leaf is replaced by its mean, over all bands
+scaled to their value ranges: what tokens that average could not carry. The last row
+of a scene is that uniform grid. Values of different scenes do not compare; rows of one scene do.
+
+Without --scenes it takes the real Sentinel-2 chip of the package spyndex. With --pictures FOLDER it
+draws the score map of 8 px patches and the quadtree of every scorer, one PNG per scene.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent))
+from common import best_seconds, report
+from pipeline import segments
+from pipeline.archive import open_raster
+from pipeline.cut import leaves, splits_by_budget
+from pipeline.grid import BaseGrid
+from pipeline.nodes import node_scores
+from pipeline.overlay import stretched
+from pipeline.scorers.config import SCORER_NAMES
+from pipeline.scores import make_scorer, scorer_config
+from pipeline.stats import value_ranges_of
+
+BASE, SCALES = 4, 3
+BUDGET = 0.25  # as many tokens as the uniform grid of 8 px has
+NAMES = tuple(name for name in SCORER_NAMES if name != "external")
+
+
+def chip() -> np.ndarray:
+    """int64 [band, y, x]: B02, B03, B04, B08 of the chip."""
+    import spyndex
+
+    return spyndex.datasets.open("sentinel").transpose("band", "y", "x").values
+
+
+def read(path: Path) -> np.ndarray:
+    with open_raster(str(path)) as raster:
+        return raster.read()
+
+
+def whole_roots(image: np.ndarray) -> np.ndarray:
+    """Cut to whole roots, so that every scorer sees the same valid pixels."""
+    root = BASE * 2 ** (SCALES - 1)
+    height, width = (size // root * root for size in image.shape[1:])
+    return np.ascontiguousarray(image[:, :height, :width])
+
+
+def scale_map(scales: np.ndarray, grid: BaseGrid) -> np.ndarray:
+    """int64 [cell_y, cell_x]: the scale of the leaf that covers each base cell."""
+    cells = np.empty(grid.num_cells, np.int64)
+    cells[grid.storage_order] = np.repeat(segments.levels(scales), segments.run_lengths(scales))
+    return cells.reshape(grid.rows, grid.cols)
+
+
+def lost_variance(unit: np.ndarray, cell_scales: np.ndarray) -> float:
+    """Share of the variance of `unit` [band, y, x] that leaf means do not hold."""
+    residual = 0.0
+    for scale in range(SCALES):
+        size = BASE << scale
+        blocks = unit.reshape(len(unit), unit.shape[1] // size, size, -1, size)
+        errors = ((blocks - blocks.mean((2, 4), keepdims=True)) ** 2).sum((0, 2, 4))
+        here = cell_scales[:: 1 << scale, :: 1 << scale] == scale
+        residual += errors[here].sum()
+    return residual / ((unit - unit.mean((1, 2), keepdims=True)) ** 2).sum()
+
+
+def compare(
+    name: str, image: np.ndarray, repeats: int, pictures: Path | None
+) -> list[dict[str, object]]:
+    image = whole_roots(image)
+    ranges = value_ranges_of([image.reshape(len(image), -1)])
+    low, high = (np.array(edge)[:, None, None] for edge in zip(*ranges, strict=True))
+    unit = np.clip((image - low) / (high - low), 0, 1)
+    grid = BaseGrid(image.shape[1] // BASE, image.shape[2] // BASE, BASE, SCALES)
+    valid = np.ones(image.shape[1:], np.bool_)
+    budget = round(BUDGET * grid.num_cells)
+    rows, drawn = [], []
+    for scorer in NAMES:
+        made = make_scorer(scorer_config(scorer), ranges)
+        maps = made.maps(image, valid, grid)
+        nodes = node_scores([m[None] for m in maps], grid)
+        cut = leaves(splits_by_budget(nodes, budget, grid), nodes, grid)
+        cells = scale_map(cut.scales, grid)
+        seconds = best_seconds(lambda made=made: made.maps(image, valid, grid), repeats)
+        drawn.append((scorer, maps[1], cells))
+        rows.append(
+            {
+                "scene": name,
+                "scorer": scorer,
+                "tokens": int(cut.tokens.sum()),
+                "of base cells": cut.tokens.sum() / grid.num_cells,
+                "lost": lost_variance(unit, cells),
+                "M pixel-bands/s": image.size / seconds / 1e6,
+            }
+        )
+    uniform = np.full((grid.rows, grid.cols), 1)
+    rows.append(
+        {
+            "scene": name,
+            "scorer": f"uniform {2 * BASE} px",
+            "tokens": grid.num_cells // 4,
+            "of base cells": 0.25,
+            "lost": lost_variance(unit, uniform),
+        }
+    )
+    if pictures is not None:
+        draw(pictures / f"{name}.png", image, valid, drawn)
+    return rows
+
+
+def draw(
+    file: Path,
+    image: np.ndarray,
+    valid: np.ndarray,
+    drawn: list[tuple[str, np.ndarray, np.ndarray]],
+) -> None:
+    """One column per scorer: its map of 8 px patches above, its quadtree (patch sizes as grays) below."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(2.6 * (len(drawn) + 1), 5.6), layout="constrained")
+    axes = figure.subplots(2, len(drawn) + 1)
+    shown = [3, 2, 1] if len(image) >= 12 else [2, 1, 0] if len(image) >= 3 else [0]
+    for panel in axes[:, 0]:
+        panel.imshow(stretched(image[shown], valid))
+    axes[0, 0].set_title(file.stem)
+    for column, (scorer, scores, cells) in enumerate(drawn, start=1):
+        axes[0, column].imshow(scores, cmap="viridis", interpolation="nearest")
+        axes[0, column].set_title(scorer)
+        axes[1, column].imshow(cells, cmap="gray", vmin=0, vmax=SCALES - 1, interpolation="nearest")
+    for panel in axes.flat:
+        panel.set_axis_off()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=80)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="a corner of the chip")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures as JSON")
+    parser.add_argument("--scenes", type=Path, nargs="+", metavar="TIF", help="GeoTIFF scenes")
+    parser.add_argument("--pictures", type=Path, metavar="FOLDER", help="draw maps and quadtrees")
+    args = parser.parse_args()
+    images = {path.stem: read(path) for path in args.scenes} if args.scenes else {"chip": chip()}
+    if args.quick:
+        images = {name: image[:, :64, :64] for name, image in images.items()}
+    rows = [
+        row
+        for name, image in images.items()
+        for row in compare(name, image, 1 if args.quick else 3, args.pictures)
+    ]
+    report(rows, args.json)
+
+
+if __name__ == "__main__":
+    main()
