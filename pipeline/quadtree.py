@@ -7,6 +7,7 @@ import numpy as np
 
 from pipeline import segments
 from pipeline.cut import leaves, splits_by_budget, splits_by_thresholds
+from pipeline.errors import ConfigError
 from pipeline.grid import BaseGrid
 from pipeline.nodes import node_scores
 from pipeline.rules import check_thresholds
@@ -45,7 +46,8 @@ def partition_image(
     *,
     base_patch_size: int,
     num_scales: int,
-    thresholds: tuple[float, ...],
+    thresholds: Sequence[float] | None = None,
+    num_tokens: int | None = None,
     bands: Sequence[int] | None = None,
     num_bins: int | None = None,
     value_range: tuple[float, float] | tuple[tuple[float, float], ...] | None = None,
@@ -54,17 +56,21 @@ def partition_image(
 ) -> Partition:
     """Score an image [band, y, x] of any size and partition it; see `pipeline.score_maps`.
 
-    `thresholds` are in the score's unit, fine to coarse, one fewer than scales. Raises
-    ConfigError for thresholds that cannot be reached and for an integer image without value_range.
+    Give either `thresholds`, in the score's unit, fine to coarse, one fewer than scales, or
+    `num_tokens`, a budget (see `splits_by_budget`). Raises ConfigError for neither or both, for
+    thresholds that cannot be reached, and for an integer image without value_range.
     """
+    if (thresholds is None) == (num_tokens is None):
+        raise ConfigError("give either thresholds or num_tokens, they are two rules")
     config = scorer_config(scorer, num_bins)
     num_bands = len(image if bands is None else bands)
-    check_thresholds(
-        thresholds,
-        base_patch_size,
-        lambda size: config.attainable(size, num_bands),
-        num_scales=num_scales,
-    )
+    if thresholds is not None:
+        check_thresholds(
+            thresholds,
+            base_patch_size,
+            lambda size: config.attainable(size, num_bands),
+            num_scales=num_scales,
+        )
     maps = score_maps(
         image,
         base_patch_size=base_patch_size,
@@ -76,7 +82,10 @@ def partition_image(
     )
     rows, cols = maps[0].shape
     grid = BaseGrid(rows, cols, base_patch_size, num_scales)
-    return Partition(partition_scales(maps, thresholds, grid), maps, grid)
+    if thresholds is not None:
+        return Partition(partition_scales(maps, thresholds, grid), maps, grid)
+    assert num_tokens is not None
+    return Partition(budget_scales(maps, num_tokens, grid), maps, grid)
 
 
 def partition_scales(

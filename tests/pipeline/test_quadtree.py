@@ -131,6 +131,20 @@ def test_thresholds_that_make_no_sense_are_refused(thresholds, message):
         partition_image(np.zeros((1, 8, 8)), base_patch_size=2, num_scales=3, thresholds=thresholds)
 
 
+@pytest.mark.parametrize(("num_tokens", "expected"), [(16, 16), (17, 16), (100, 100), (9999, 256)])
+def test_a_budget_of_tokens(golden_image, num_tokens, expected):
+    partition = partition_image(
+        golden_image, base_patch_size=4, num_scales=3, num_tokens=num_tokens
+    )
+    assert len(partition) == expected
+
+
+@pytest.mark.parametrize("rules", [{}, {"thresholds": (1, 1), "num_tokens": 9}])
+def test_exactly_one_rule_is_given(golden_image, rules):
+    with pytest.raises(ConfigError, match="either thresholds or num_tokens"):
+        partition_image(golden_image, base_patch_size=4, num_scales=3, **rules)
+
+
 def test_maps_of_another_grid_are_refused():
     with pytest.raises(ConfigError, match="the grid has"):
         partition_scales([np.zeros((4, 4), np.float32)], [], BaseGrid(8, 8, 2, 1))
