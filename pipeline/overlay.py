@@ -36,7 +36,7 @@ def draw_tile(tile: Tile, bands: tuple[str, ...], file: Path, timestep: int = 0)
         _draw_leaves(axes[1], tile, timestep)
         for panel, size, maps in zip(axes[2:], sizes, tile.score_maps, strict=True):
             drawn = panel.imshow(maps[timestep], cmap="viridis", vmin=0, interpolation="nearest")
-            panel.set_title(f"score, {size} px patches (bits)")
+            panel.set_title(f"score, {size} px patches")
             figure.colorbar(drawn, ax=panel, shrink=0.75)
         for panel in axes:
             panel.set_axis_off()
