@@ -9,16 +9,14 @@ Without --scenes it takes the real Sentinel-2 chip of the package spyndex. With 
 draws the score map of 8 px patches and the quadtree of every scorer, one PNG per scene.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
-from common import best_seconds, report
+from common import arguments, best_seconds, chip, read, report
 from pipeline import segments
-from pipeline.archive import open_raster
 from pipeline.cut import leaves, splits_by_budget
 from pipeline.grid import BaseGrid
 from pipeline.nodes import node_scores
@@ -30,18 +28,6 @@ from pipeline.stats import value_ranges_of
 BASE, SCALES = 4, 3
 BUDGET = 0.25  # as many tokens as the uniform grid of 8 px has
 NAMES = tuple(name for name in SCORER_NAMES if name != "external")
-
-
-def chip() -> np.ndarray:
-    """int64 [band, y, x]: B02, B03, B04, B08 of the chip."""
-    import spyndex
-
-    return spyndex.datasets.open("sentinel").transpose("band", "y", "x").values
-
-
-def read(path: Path) -> np.ndarray:
-    with open_raster(str(path)) as raster:
-        return raster.read()
 
 
 def whole_roots(image: np.ndarray) -> np.ndarray:
@@ -140,12 +126,7 @@ def draw(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="a corner of the chip")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures as JSON")
-    parser.add_argument("--scenes", type=Path, nargs="+", metavar="TIF", help="GeoTIFF scenes")
-    parser.add_argument("--pictures", type=Path, metavar="FOLDER", help="draw maps and quadtrees")
-    args = parser.parse_args()
+    args = arguments(__doc__, scenes=True, pictures=True)
     images = {path.stem: read(path) for path in args.scenes} if args.scenes else {"chip": chip()}
     if args.quick:
         images = {name: image[:, :64, :64] for name, image in images.items()}

@@ -2,7 +2,8 @@
 
 Peers: `recursive` scores each patch it keeps or splits with numpy.histogram as it descends; `NumPy`
 and `torch` score all patches of a size with array operations. Rates are in millions of pixel-bands per
-second. A peer's ratio is its time over the kernel's.
+second. A peer's ratio is its time over the kernel's. Pixels are synthetic, but for the rows that name a
+real scene: the Sentinel-2 chip of the package spyndex, or those given with --scenes.
 """
 
 import sys
@@ -16,12 +17,13 @@ import torch
 from affine import Affine
 
 sys.path.insert(0, str(Path(__file__).parent))
-from common import arguments, best_seconds, report
+from common import arguments, best_seconds, chip, read, report
 from pipeline.archive import open_raster
 from pipeline.grid import BaseGrid
 from pipeline.quadtree import partition_scales
+from pipeline.scorers.binning import bin_indices
 from pipeline.scorers.config import LUMA, EntropyConfig
-from pipeline.scorers.entropy import EntropyScorer, bin_indices
+from pipeline.scorers.entropy import EntropyScorer
 
 BANDS, SCORED = 12, (1, 2, 3)
 RANGE = (0.0, 10_000.0)
@@ -126,7 +128,7 @@ def torch_maps(images: torch.Tensor, sizes: tuple[int, ...], num_bins: int) -> l
 
 
 def main() -> None:
-    args = arguments(__doc__)
+    args = arguments(__doc__, scenes=True)
     torch.set_num_threads(1)
     size, repeats = (256, 1) if args.quick else (2048, 5)
     image = scene(size)
@@ -137,6 +139,7 @@ def main() -> None:
     ]
     rows = against_decoding(image, tiles, repeats)
     rows += variants(tiles, repeats)
+    rows += real_scenes(args.scenes or [], repeats)
     rows += peers(tiles, 1 if args.quick else 4, repeats)
     report(rows, args.json)
 
@@ -171,6 +174,22 @@ def variants(tiles: list[np.ndarray], repeats: int) -> list[dict[str, object]]:
         floats = [tile.astype(dtype) for tile in tiles]
         seconds = best_seconds(kernel(floats, 4, 3, EntropyConfig()), repeats)
         rows.append(rate(dtype, pixel_bands, seconds, reference / seconds))
+    return rows
+
+
+def real_scenes(paths: list[Path], repeats: int) -> list[dict[str, object]]:
+    images = {path.stem: read(path) for path in paths} or {"chip": chip()}
+    rows = []
+    for name, image in images.items():
+        bands = image[1:4] if len(image) >= 12 else image[:3]
+        height, width = (size // TILE * TILE for size in image.shape[1:])
+        tiles = [
+            np.ascontiguousarray(bands[:, y : y + TILE, x : x + TILE])
+            for y in range(0, height, TILE)
+            for x in range(0, width, TILE)
+        ]
+        seconds = best_seconds(kernel(tiles, 4, 3, EntropyConfig()), 10 * repeats)
+        rows.append(rate(f"real scene {name}, 4/8/16 px", sum(t.size for t in tiles), seconds))
     return rows
 
 

@@ -9,12 +9,33 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import spyndex
 
-def arguments(description: str) -> argparse.Namespace:
+from pipeline.archive import open_raster
+
+
+def arguments(description: str, scenes: bool = False, pictures: bool = False) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description)
+    if scenes:
+        parser.add_argument("--scenes", type=Path, nargs="+", metavar="TIF", help="GeoTIFF scenes")
+    if pictures:
+        parser.add_argument("--pictures", type=Path, metavar="FOLDER", help="draw into this folder")
     parser.add_argument("--quick", action="store_true", help="tiny input: does the script work?")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures as JSON")
     return parser.parse_args()
+
+
+def chip() -> np.ndarray:
+    """uint16 [band, y, x]: B02, B03, B04, B08 of a real Sentinel-2 scene, 300 x 300 px."""
+    axes = ("band", "y", "x")
+    return spyndex.datasets.open("sentinel").transpose(*axes).values.astype(np.uint16)
+
+
+def read(path: Path) -> np.ndarray:
+    """A whole raster, [band, y, x]."""
+    with open_raster(str(path)) as raster:
+        return raster.read()
 
 
 def best_seconds(call: Callable[[], Any], repeats: int) -> float:

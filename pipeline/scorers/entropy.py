@@ -6,13 +6,14 @@ score is the entropy in bits of the histogram of the cell's valid pixels, NaN wi
 
 How all levels come from one pass:
 
-1. every pixel becomes its bin index, by table for integers up to 16 bits;
-2. cells smaller than a histogram are counted one by one, and uncounted again;
+1. every pixel becomes its bin index (`pipeline.scorers.binning`);
+2. cells of fewer pixels than a histogram is worth are counted on their own, those of 2 x 2 px by
+   comparing their pixels;
 3. larger cells keep their histograms: a coarser cell's is the sum of its four children's.
 
 Entropy is `log2(n) - sum(c * log2(c)) / n`. The terms `c * log2(c)` come from a table of integers
-(fixed point), so sums are exact: a score has the same bits in whatever order and by whichever of the
-two ways its pixels are counted.
+(fixed point), so sums are exact: a score has the same bits in whatever order and by whichever way its
+pixels are counted.
 """
 
 from dataclasses import dataclass
@@ -23,10 +24,10 @@ import numba
 import numpy as np
 
 from pipeline.grid import BaseGrid, morton_yx
+from pipeline.scorers.binning import bin_indices
 from pipeline.scorers.config import EntropyConfig
 
 FIXED_POINT = 1 << 32
-_TABLE_BITS = 16
 # From this many pixels per histogram bin on, adding up children beats counting pixels again.
 _MERGE_PIXELS_PER_BIN = 0.5
 
@@ -87,24 +88,6 @@ class EntropyScorer:
         return joint[None], num_bins ** len(image)
 
 
-def bin_indices(
-    image: np.ndarray, value_ranges: tuple[tuple[float, float], ...], num_bins: int
-) -> np.ndarray:
-    """uint8 or uint16 [band, y, x]: the histogram bin of every pixel (of invalid ones, any bin)."""
-    indices = np.empty(image.shape, np.uint8 if num_bins <= 256 else np.uint16)
-    if image.dtype.kind in "iu" and image.dtype.itemsize * 8 <= _TABLE_BITS:
-        tables = _bin_tables(image.dtype.str, value_ranges, num_bins)
-        _bins_from_tables(image.view(np.dtype(f"u{image.dtype.itemsize}")), tables, indices)
-    else:
-        _bins_from_edges(image, _bin_edges(value_ranges, num_bins), indices)
-    return indices
-
-
-def _bin_edges(value_ranges: tuple[tuple[float, float], ...], num_bins: int) -> np.ndarray:
-    """float64 [band, num_bins + 1]."""
-    return np.stack([np.linspace(low, high, num_bins + 1) for low, high in value_ranges])
-
-
 @lru_cache(maxsize=32)
 def _level_layout(grid: BaseGrid) -> tuple[list[tuple[int, int]], np.ndarray, np.ndarray]:
     """Shape (y, x) of every level, where each begins in a flat array, a root's cells in Z-order."""
@@ -115,7 +98,7 @@ def _level_layout(grid: BaseGrid) -> tuple[list[tuple[int, int]], np.ndarray, np
 
 @lru_cache(maxsize=64)
 def _first_merged_level(grid: BaseGrid, num_bins: int) -> int:
-    """The first level whose cells keep a histogram; finer ones are counted and uncounted."""
+    """The first level whose cells keep a histogram; finer ones share one row, cell after cell."""
     for level, size in enumerate(grid.patch_sizes):
         # Cells of one and of four pixels never need a histogram.
         if size > 2 and size**2 >= _MERGE_PIXELS_PER_BIN * num_bins:
@@ -126,18 +109,6 @@ def _first_merged_level(grid: BaseGrid, num_bins: int) -> int:
 def _count_type(root_size_px: int) -> Any:
     """The smaller the counts, the more of them one instruction adds."""
     return np.uint16 if root_size_px < 256 else np.uint32
-
-
-@lru_cache(maxsize=32)
-def _bin_tables(
-    dtype: str, value_ranges: tuple[tuple[float, float], ...], num_bins: int
-) -> np.ndarray:
-    """[band, number]: bin of every number an 8- or 16-bit type holds, by its bits read as unsigned."""
-    kind = np.dtype(dtype)
-    values = np.arange(2 ** (8 * kind.itemsize), dtype=np.dtype(f"u{kind.itemsize}")).view(kind)
-    edges = _bin_edges(value_ranges, num_bins)
-    bins = np.stack([np.searchsorted(row, values, side="right") - 1 for row in edges])
-    return np.clip(bins, 0, num_bins - 1).astype(np.uint8 if num_bins <= 256 else np.uint16)
 
 
 @lru_cache(maxsize=16)
@@ -158,38 +129,6 @@ def _normalizers(max_count: int, num_bins: int, normalize: bool) -> np.ndarray:
         return np.ones(max_count + 1)
     limit = np.log2(np.clip(np.arange(max_count + 1), 1, num_bins))
     return np.where(limit > 0, limit, 1.0)
-
-
-@numba.njit(nogil=True, cache=True, error_model="numpy")
-def _bins_from_tables(image: np.ndarray, tables: np.ndarray, indices: np.ndarray) -> None:
-    num_bands, rows, cols = image.shape
-    for band in range(num_bands):
-        for y in range(rows):
-            for x in range(cols):
-                indices[band, y, x] = tables[band, image[band, y, x]]
-
-
-@numba.njit(nogil=True, cache=True, error_model="numpy")
-def _bins_from_edges(image: np.ndarray, edges: np.ndarray, indices: np.ndarray) -> None:
-    """Bins by arithmetic, corrected against the edges: rounding may be off by one bin."""
-    num_bands, rows, cols = image.shape
-    last = edges.shape[1] - 2
-    for band in range(num_bands):
-        low, high = edges[band, 0], edges[band, last + 1]
-        per_unit = (last + 1) / (high - low)
-        for y in range(rows):
-            for x in range(cols):
-                value = np.float64(image[band, y, x])
-                k = 0  # also for NaN, whose pixel is invalid
-                if value >= high:
-                    k = last
-                elif value > low:
-                    k = min(int((value - low) * per_unit), last)
-                    if value < edges[band, k]:
-                        k -= 1
-                    elif k < last and value >= edges[band, k + 1]:
-                        k += 1
-                indices[band, y, x] = k
 
 
 # The loops below index with unsigned integers: with signed ones every access would first ask whether

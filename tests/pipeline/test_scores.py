@@ -1,4 +1,5 @@
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from hypothesis.extra import numpy as hnp
 import oracle
 from pipeline import score_maps
 from pipeline.errors import ConfigError
-from pipeline.scorers.entropy import bin_indices
+from pipeline.scorers.binning import bin_indices
 
 DTYPES = ["uint8", "int8", "uint16", "int16", "int32", "uint32", "float32", "float64"]
 
@@ -153,6 +154,17 @@ def test_an_image_that_is_no_multiple_of_the_root_is_padded_with_invalid_pixels(
     assert np.isnan(base[:, 5]).all()
     # The coarse cell at the corner holds a 4 x 4 px rest of the image.
     assert coarse[2, 2] == pytest.approx(oracle.entropy(image[:, 16:, 16:], 32, 0, 1), abs=1e-6)
+
+
+def test_many_threads_at_once_give_the_same_bits():
+    images = np.random.default_rng(0).random((40, 3, 64, 64))
+
+    def score(image):
+        return [m.tobytes() for m in score_maps(image, base_patch_size=4, num_scales=3)]
+
+    alone = [score(image) for image in images]
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(score, images)) == alone
 
 
 def test_only_the_named_bands_are_scored():
