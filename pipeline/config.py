@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from pipeline.errors import ConfigError
+from pipeline.grid import MAX_SCALES, MAX_TILE_PX
 from pipeline.presets import PRESETS
 from pipeline.rules import PartitionRule, check_thresholds, check_uniform
 from pipeline.scorers.config import (
@@ -73,7 +74,9 @@ class PartitionConfig(PartitionRule):
     """How a frame is cut into patches."""
 
     base_patch_size: int = Field(4, ge=1, le=64, description="Smallest patch in px.")
-    num_scales: int = Field(3, ge=1, le=6, description="Patch sizes; each is twice the one before.")
+    num_scales: int = Field(
+        3, ge=1, le=MAX_SCALES, description="Patch sizes; each is twice the one before."
+    )
 
     @property
     def root_size_px(self) -> int:
@@ -84,7 +87,7 @@ class PartitionConfig(PartitionRule):
 class StoreConfig(Frozen):
     """How the result is laid out."""
 
-    tile_size_px: int = Field(128, ge=1, le=4096, description="Side of a tile in px.")
+    tile_size_px: int = Field(128, ge=1, le=MAX_TILE_PX, description="Side of a tile in px.")
     shard_tiles: int = Field(512, ge=1, le=65536, description="Most tiles one shard holds.")
     codec: Literal["lz4", "zstd"] = Field(
         "lz4", description="lz4 for stores one trains from, zstd for stores one keeps."

@@ -20,6 +20,10 @@ import numpy as np
 
 from pipeline.errors import ConfigError
 
+# Bounds of what is configured and of what a store's header may claim: tables are made for a whole tile.
+MAX_TILE_PX = 4096
+MAX_SCALES = 6
+
 
 @dataclass(frozen=True)
 class BaseGrid:

@@ -10,18 +10,20 @@ import math
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import tensorstore as ts
 import zarr
+from pydantic import Field, ValidationError
 from zarr.codecs import BloscCodec, Crc32cCodec
 from zarr.errors import ZarrUserWarning
 
 from pipeline.commit import write_object
-from pipeline.errors import StoreError
-from pipeline.grid import BaseGrid
+from pipeline.errors import ConfigError, IntegrityError, StoreError
+from pipeline.grid import MAX_SCALES, MAX_TILE_PX, BaseGrid
 from pipeline.partitions import DEFAULT_PARTITION, partition_path
+from pipeline.scorers.config import Frozen, Identifier
 
 FORMAT_NAME = "aptile"
 FORMAT_VERSION = "0.1"
@@ -245,16 +247,58 @@ def modality_header(
 
 
 def layout_from_header(name: str, entry: dict[str, Any]) -> StoreLayout:
-    cells = entry["tile_size_px"] // entry["base_patch_size"]
+    """The layout a header describes; IntegrityError if it describes none.
+
+    A header is untrusted: its names become paths, its numbers become sizes.
+    """
+    try:
+        named = _NamedModality.model_validate({**entry, "name": name})
+        cells = named.tile_size_px // named.base_patch_size
+        grid = BaseGrid(cells, cells, named.base_patch_size, named.num_scales)
+        if grid.shape_px[0] != named.tile_size_px:
+            raise ConfigError(f"tiles of {named.tile_size_px} px hold no whole number of cells")
+    except (ValidationError, ConfigError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise IntegrityError(
+            f"modality {name!r:.80} in the store's zarr.json cannot be used ({reason:.200}); the store is "
+            "damaged, preprocess into a new one"
+        ) from None
     return StoreLayout(
-        modality=name,
-        bands=tuple(entry["bands"]),
-        dtype=entry["dtype"],
-        grid=BaseGrid(cells, cells, entry["base_patch_size"], entry["num_scales"]),
-        num_shards=entry["num_shards"],
-        shard_capacity=entry["shard_capacity"],
-        codec=entry["codec"],
+        modality=named.name,
+        bands=named.bands,
+        dtype=named.dtype,
+        grid=grid,
+        num_shards=named.num_shards,
+        shard_capacity=named.shard_capacity,
+        codec=named.codec,
     )
+
+
+class _NamedModality(Frozen):
+    """What `modality_header` writes, and the modality's name."""
+
+    name: Identifier
+    bands: tuple[Identifier, ...] = Field(min_length=1)
+    dtype: Literal[
+        "uint8",
+        "int8",
+        "uint16",
+        "int16",
+        "uint32",
+        "int32",
+        "uint64",
+        "int64",
+        "float32",
+        "float64",
+    ]
+    value_range: tuple[tuple[float, float], ...]
+    ground_sample_distance_m: float | None
+    base_patch_size: int = Field(ge=1)
+    num_scales: int = Field(ge=1, le=MAX_SCALES)
+    tile_size_px: int = Field(ge=1, le=MAX_TILE_PX)
+    num_shards: int = Field(ge=1)
+    shard_capacity: int = Field(ge=1)
+    codec: Literal["lz4", "zstd"]
 
 
 def _compressors(codec: str, dtype: np.dtype[Any]) -> list[Any]:

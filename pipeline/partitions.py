@@ -42,6 +42,11 @@ class StoredPartition:
     tokens: np.ndarray
 
 
+def is_partition_name(name: str) -> bool:
+    """Whether a partition may be called so."""
+    return _NAME.fullmatch(name) is not None
+
+
 def check_new_name(name: str) -> None:
     """Raise StoreError unless a further partition may have that name."""
     if name == DEFAULT_PARTITION:
@@ -49,7 +54,7 @@ def check_new_name(name: str) -> None:
             f"--name {name}: that is the partition `aptile preprocess` made, it stays as it is; give "
             "another name"
         )
-    if not _NAME.fullmatch(name):
+    if not is_partition_name(name):
         raise StoreError(
             f"--name {name!r}: a partition's name is a letter, then up to 63 letters, digits, - or _; "
             "for example tokens-64"

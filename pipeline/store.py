@@ -29,6 +29,7 @@ from pipeline.partitions import (
     PartitionLedger,
     StoredPartition,
     committed_ledger,
+    is_partition_name,
     partition_path,
 )
 from pipeline.rules import DEFAULT_QUANTILE, WAYS
@@ -174,7 +175,15 @@ class Store:
             )
 
     def _partition_entries(self, modality: str) -> dict[str, Any]:
-        return dict(self.commit.get("partitions", {}).get(modality, {}))
+        entries = dict(self.commit.get("partitions", {}).get(modality, {}))
+        for name in entries:
+            # Names become paths.
+            if not is_partition_name(name):
+                raise IntegrityError(
+                    f"{self.path}: COMMIT.json names a partition {name!r:.80}; the store is damaged, "
+                    "preprocess into a new one"
+                )
+        return entries
 
     def _default_rule(self) -> dict[str, Any]:
         """What the configuration says of the rule, without what it leaves open."""

@@ -130,6 +130,37 @@ def test_another_format_version_is_refused(damaged):
         open_store(damaged)
 
 
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("../../elsewhere", {}),
+        ("image", {"tile_size_px": 2**30}),
+        ("image", {"tile_size_px": 127}),
+        ("image", {"shard_capacity": -1}),
+        ("image", {"dtype": "object"}),
+        ("image", {"bands": ["../b"]}),
+        ("image", {"num_scales": None}),
+    ],
+)
+def test_a_header_that_names_paths_or_absurd_sizes_is_refused(damaged, name, change):
+    file = damaged / "zarr.json"
+    content = json.loads(file.read_text())
+    header = content["attributes"]["aptile"]
+    header["modalities"] = {name: {**header["modalities"]["image"], **change}}
+    file.write_text(json.dumps(content))
+    with pytest.raises(IntegrityError, match="zarr.json cannot be used"):
+        open_store(damaged).tile("sentinel2_chip/r0c0")
+
+
+def test_a_commit_that_names_a_path_as_partition_is_refused(damaged):
+    file = damaged / "COMMIT.json"
+    content = json.loads(file.read_text())
+    content["partitions"] = {"image": {"../../elsewhere": {"rule": {}, "thresholds": None}}}
+    file.write_text(json.dumps(content))
+    with pytest.raises(IntegrityError, match=r"names a partition '../../elsewhere'"):
+        open_store(damaged).tile("sentinel2_chip/r0c0")
+
+
 def test_an_unfinished_store_is_refused(damaged):
     (damaged / "COMMIT.json").unlink()
     with pytest.raises(StoreError, match="has not finished; run its `aptile preprocess` command"):
