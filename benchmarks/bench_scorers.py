@@ -5,7 +5,8 @@ the share of the pixels' variance that is gone when each leaf is replaced by its
 scaled to their value ranges: what tokens that average could not carry. The last row
 of a scene is that uniform grid. Values of different scenes do not compare; rows of one scene do.
 
-Without --scenes it takes the real Sentinel-2 chip of the package spyndex. With --pictures FOLDER it
+Without --scenes it takes the real Sentinel-2 chip of the package spyndex; a folder among the scenes counts
+as one montage of 36 of its JPEG images, evenly chosen. With --pictures FOLDER it
 draws the score map of 8 px patches and the quadtree of every scorer, one PNG per scene.
 """
 
@@ -15,6 +16,9 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
+from matplotlib.figure import Figure
+from matplotlib.image import imread, imsave
+
 from common import arguments, best_seconds, chip, read, report
 from pipeline import segments
 from pipeline.cut import leaves, splits_by_budget
@@ -28,6 +32,16 @@ from pipeline.stats import value_ranges_of
 BASE, SCALES = 4, 3
 BUDGET = 0.25  # as many tokens as the uniform grid of 8 px has
 NAMES = tuple(name for name in SCORER_NAMES if name != "external")
+
+
+def montage(folder: Path) -> np.ndarray:
+    """uint8 [rgb, y, x]: 6 x 6 images of equal size, evenly chosen from a folder and those below it."""
+    files = sorted(folder.rglob("*.jpg"))
+    chosen = [files[i] for i in np.linspace(0, len(files) - 1, 36).astype(int)]
+    images = np.stack([imread(file).transpose(2, 0, 1) for file in chosen])
+    _, bands, height, width = images.shape
+    grid = images.reshape(6, 6, bands, height, width).transpose(2, 0, 3, 1, 4)
+    return grid.reshape(bands, 6 * height, 6 * width)
 
 
 def whole_roots(image: np.ndarray) -> np.ndarray:
@@ -106,28 +120,27 @@ def draw(
     valid: np.ndarray,
     drawn: list[tuple[str, np.ndarray, np.ndarray]],
 ) -> None:
-    """One column per scorer: its map of 8 px patches above, its quadtree (patch sizes as grays) below."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(2.6 * (len(drawn) + 1), 5.6), layout="constrained")
-    axes = figure.subplots(2, len(drawn) + 1)
-    shown = [3, 2, 1] if len(image) >= 12 else [2, 1, 0] if len(image) >= 3 else [0]
-    for panel in axes[:, 0]:
-        panel.imshow(stretched(image[shown], valid))
-    axes[0, 0].set_title(file.stem)
-    for column, (scorer, scores, cells) in enumerate(drawn, start=1):
+    """Two files. FILE: one column per scorer, its map of 8 px patches above, its quadtree (patch sizes
+    as grays) below. FILE_image: the scene itself."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    shape = image.shape[1] / image.shape[2]
+    figure = Figure(figsize=(1.8 * len(drawn), 1.8 * shape * 2 + 0.4), layout="constrained")
+    axes = figure.subplots(2, len(drawn))
+    for column, (scorer, scores, cells) in enumerate(drawn):
         axes[0, column].imshow(scores, cmap="viridis", interpolation="nearest")
-        axes[0, column].set_title(scorer)
+        axes[0, column].set_title(scorer, fontsize=9)
         axes[1, column].imshow(cells, cmap="gray", vmin=0, vmax=SCALES - 1, interpolation="nearest")
     for panel in axes.flat:
         panel.set_axis_off()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=80)
+    figure.savefig(file, dpi=70)
+    shown = [3, 2, 1] if len(image) >= 12 else [2, 1, 0] if len(image) == 4 else [0, 1, 2]
+    imsave(file.with_stem(f"{file.stem}_image"), stretched(image[shown[: len(image)]], valid))
 
 
 def main() -> None:
     args = arguments(__doc__, scenes=True, pictures=True)
-    images = {path.stem: read(path) for path in args.scenes} if args.scenes else {"chip": chip()}
+    paths = args.scenes or []
+    images = {p.stem: montage(p) if p.is_dir() else read(p) for p in paths} or {"chip": chip()}
     if args.quick:
         images = {name: image[:, :64, :64] for name, image in images.items()}
     rows = [
