@@ -41,15 +41,16 @@ class TileDataset(Dataset[Tile]):
         self.store.check_partition(self.modality, partition)
         self.partition = partition
         column = self.store.manifest[self.modality].combine_chunks()
-        self._ids: list[str] = self.store.manifest["id"].to_pylist()
         self._frame_start = column.field("frame_start").to_numpy()
         self._num_frames = column.field("num_frames").to_numpy().astype(np.int64)
 
     def __len__(self) -> int:
-        return len(self._ids)
+        return len(self._frame_start)
 
     def __getitem__(self, index: int) -> Tile:
-        return self.store.tile(self._ids[index], self.modality, self.partition)
+        if not 0 <= index < len(self):
+            raise IndexError(f"tile {index}; the dataset has tiles 0 ... {len(self) - 1}")
+        return self.store.tile_at(index, self.modality, self.partition)
 
     def batch(self, indices: Sequence[int] | np.ndarray) -> TokenBatch:
         """The tiles of these rows of the manifest, packed in the order given."""

@@ -196,13 +196,21 @@ class Store:
     def tile(
         self, tile_id: str, modality: str | None = None, partition: str = DEFAULT_PARTITION
     ) -> Tile:
-        """A tile with everything decoded, of the first modality unless one is named."""
-        modality = modality or self.modalities[0]
-        frames = np.array(self.frame_range(self.tile_index(tile_id), modality), np.int64)
+        """A tile with everything decoded, of the first modality unless one is named.
+
+        Raises StoreError if there is no such tile or partition.
+        """
+        return self.tile_at(self.tile_index(tile_id), modality or self.modalities[0], partition)
+
+    def tile_at(self, index: int, modality: str, partition: str = DEFAULT_PARTITION) -> Tile:
+        """The tile in a row of the manifest, with everything decoded."""
+        frames = np.array(self.frame_range(index, modality), np.int64)
         read = self.read_frames(modality, frames, partition)
-        grid = self.layouts[modality].grid
         maps = self.read_score_maps(modality, frames)
-        return Tile(tile_id, read.pixels, read.valid, maps, read.scales, grid)
+        tile_id = self.manifest["id"][index].as_py()
+        return Tile(
+            tile_id, read.pixels, read.valid, maps, read.scales, self.layouts[modality].grid
+        )
 
     def read_score_maps(self, modality: str, frames: np.ndarray) -> list[np.ndarray]:
         """float32 [frame, cell_y, cell_x] of `frames` (int64 [n], any order), fine to coarse."""

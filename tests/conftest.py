@@ -16,6 +16,8 @@ ROOT = Path(__file__).parent.parent
 settings.register_profile(
     "aptile",
     deadline=None,
+    # A change is judged by the same examples every time; at a desk new ones are tried.
+    derandomize="CI" in os.environ,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 settings.load_profile("aptile")
