@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import rasterio
+from distributed import LocalCluster
 
 from pipeline import open_store, partition_image, segments
 from pipeline.commit import LEDGER
@@ -106,6 +107,23 @@ def test_footprints_are_where_the_scene_is(store):
 def test_the_bytes_do_not_depend_on_the_number_of_workers(archive, store, tmp_path):
     run(archive, tmp_path / "two", "run.workers=2")
     assert_same_bytes(store, tmp_path / "two")
+
+
+def test_a_running_scheduler_is_used_and_gives_the_same_bytes(archive, store, tmp_path):
+    with LocalCluster(
+        n_workers=1, threads_per_worker=2, processes=False, dashboard_address=None
+    ) as cluster:
+        config = settings("run.workers=null", f"run.scheduler={cluster.scheduler_address}")
+        run_job(str(archive), tmp_path / "there", config, Watching())
+    assert_same_bytes(store, tmp_path / "there")
+
+
+def test_a_scheduler_that_does_not_answer_is_named_and_nothing_is_lost(archive, store, tmp_path):
+    config = settings("run.workers=null", "run.scheduler=tcp://127.0.0.1:9")
+    with pytest.raises(StoreError, match="127.0.0.1:9: no Dask scheduler answers there"):
+        run_job(str(archive), tmp_path / "late", config, Watching())
+    run(archive, tmp_path / "late")
+    assert_same_bytes(store, tmp_path / "late")
 
 
 @pytest.mark.parametrize("shards", [1, 6])
