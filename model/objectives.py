@@ -80,7 +80,9 @@ class MaskedPrediction(nn.Module):
         cu_visible = cumulative_lengths(masking.visible_per_tile).to(visible.device)
         encoded = self.encoder.stack(visible, cu_visible, int(masking.visible_per_tile.max()))
         full_ND = self.mask_token.expand(batch.num_tokens, -1)
-        full_ND = full_ND.index_copy(0, masking.visible, self.adapter(encoded))
+        # Under autocast the adapter's output has fewer bits than the mask token.
+        adapted = self.adapter(encoded).to(full_ND.dtype)
+        full_ND = full_ND.index_copy(0, masking.visible, adapted)
         full_ND = full_ND + self._token_encoding(batch)
         predicted = self.predictor(full_ND, batch.cu_seqlens, batch.max_seqlen)
         return self.head(predicted.index_select(0, masking.hidden))

@@ -13,7 +13,7 @@ import torch
 from model.checkpoint import read_checkpoint
 from model.data import TileDataset
 from model.encoder import APTEncoder, EncoderConfig
-from model.objectives import random_masking
+from model.objectives import MaskedPrediction, random_masking
 from model.training import Pretraining, TrainConfig, train
 from pipeline.errors import StoreError
 from pipeline.store import open_store
@@ -268,3 +268,19 @@ def test_a_store_that_is_none_leaves_no_folder_behind(tmp_path):
 def test_a_configuration_that_cannot_train_is_refused(change, expected):
     with pytest.raises(ValueError, match=expected):
         TrainConfig.model_validate({**CONFIG.model_dump(), **change})
+
+
+def test_a_step_in_mixed_precision_is_finite_and_near_the_full_one(chip_store):
+    dataset = TileDataset(chip_store)
+    batch = dataset.batch([0, 1, 2])
+    torch.manual_seed(0)
+    config = EncoderConfig.for_store(dataset.store, dataset.modality, "nano")
+    objective = MaskedPrediction(APTEncoder(config))
+    masking = random_masking(batch, 0.5, (0, 1))
+    full = objective(batch, masking).detach()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = objective(batch, masking)
+    loss.backward()
+    assert torch.allclose(loss.detach(), full, rtol=0.02)
+    gradients = [p.grad for p in objective.parameters() if p.grad is not None]
+    assert all(gradient.isfinite().all() for gradient in gradients)
