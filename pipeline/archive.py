@@ -7,6 +7,7 @@ is followed, and the header is checked before any pixel is read.
 import glob
 import itertools
 import logging
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -192,7 +193,8 @@ def _ground_sample_distance(raster: DatasetReader) -> float | None:
     if raster.crs is None or not raster.crs.is_projected:
         return None
     _, metres_per_unit = raster.crs.linear_units_factor
-    return float(abs(raster.transform.a) * metres_per_unit)
+    # The length of one step along a row, also where the grid is rotated.
+    return float(math.hypot(raster.transform.a, raster.transform.d) * metres_per_unit)
 
 
 def _fixed_part(pattern: Path) -> Path:

@@ -26,9 +26,8 @@ def save_scene(
 ) -> Path:
     """A GeoTIFF of these pixels; without `crs` it gets no georeference at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    georeference = (
-        {"crs": crs, "transform": Affine(10, 0, 500_000, 0, -10, 5_000_000)} if crs else {}
-    )
+    here = options.pop("transform", Affine(10, 0, 500_000, 0, -10, 5_000_000))
+    georeference = {"crs": crs, "transform": here} if crs else {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", NotGeoreferencedWarning)
         with rasterio.open(

@@ -3,6 +3,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import rasterio
+from affine import Affine
 from rasterio.windows import Window
 
 from pipeline.archive import find_scenes, open_raster, read_header, read_window
@@ -44,6 +45,21 @@ def test_header_facts(write_scene):
     assert (scene.id, scene.num_bands, scene.height, scene.width) == ("a", 2, 40, 50)
     assert (scene.dtype, scene.nodata, scene.crs) == ("uint16", (7.0, 7.0), "EPSG:32632")
     assert scene.ground_sample_distance_m == 10
+
+
+@pytest.mark.parametrize(
+    ("crs", "transform", "metres"),
+    [
+        ("EPSG:32632", Affine(6, 8, 500_000, 8, -6, 5_000_000), 10),
+        ("EPSG:2263", Affine(10, 0, 1_000_000, 0, -10, 200_000), 10 * 1200 / 3937),
+        ("EPSG:4326", Affine(1e-4, 0, 9, 0, -1e-4, 45), None),
+    ],
+    ids=["rotated", "survey feet", "degrees"],
+)
+def test_the_ground_sample_distance_is_in_metres_or_unknown(write_scene, crs, transform, metres):
+    path = write_scene("a.tif", pixels(), crs=crs, transform=transform)
+    found = read_header(path, path.parent, BUDGET).ground_sample_distance_m
+    assert found == (None if metres is None else pytest.approx(metres))
 
 
 def test_a_scene_without_georeference_gets_none(write_scene):
