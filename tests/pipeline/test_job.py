@@ -1,3 +1,4 @@
+import contextlib
 import os
 import signal
 import subprocess
@@ -141,16 +142,39 @@ def test_an_interrupted_job_is_completed_to_the_same_bytes(archive, store, tmp_p
     assert_same_bytes(store, stopped)
 
 
-def test_a_job_killed_with_its_workers_is_completed_to_the_same_bytes(archive, store, tmp_path):
-    command = [sys.executable, "-m", "workflows.cli", "preprocess", archive, tmp_path / "killed"]
+def started(archive: Path, store: Path) -> subprocess.Popen:
+    """The job as a process group of its own, workers included."""
+    command = [sys.executable, "-m", "workflows.cli", "preprocess", archive, store]
     for override in SMALL:
         command += ["--set", override]
-    job = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
+    return subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
+
+
+def kill(job: subprocess.Popen) -> None:
+    """End the job and its workers at once, unless it ended by itself."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(job.pid, signal.SIGKILL)
+    job.wait()
+
+
+def test_a_job_killed_with_its_workers_is_completed_to_the_same_bytes(archive, store, tmp_path):
+    job = started(archive, tmp_path / "killed")
     ledger = tmp_path / "killed" / LEDGER
     while job.poll() is None and not (ledger.exists() and b'"shard"' in ledger.read_bytes()):
         time.sleep(0.01)
-    os.killpg(job.pid, signal.SIGKILL)
-    job.wait()
+    kill(job)
+    run(archive, tmp_path / "killed")
+    assert_same_bytes(store, tmp_path / "killed")
+
+
+@pytest.mark.full
+def test_a_job_killed_again_and_again_ends_with_the_same_bytes(archive, store, tmp_path):
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        job = started(archive, tmp_path / "killed")
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            job.wait(rng.uniform(0.5, 5))
+        kill(job)
     run(archive, tmp_path / "killed")
     assert_same_bytes(store, tmp_path / "killed")
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 import oracle
 from pipeline import partition_image, score_maps, segments
 from pipeline.quadtree import partition_scales
+from pipeline.scorers.config import EntropyConfig
 
 RANGE = (0.0, 10_000.0)
 CHIP = spyndex.datasets.open("sentinel").transpose("band", "y", "x").values.astype(np.uint16)
@@ -76,3 +77,20 @@ def test_every_scene_keeps_large_patches_where_it_is_flat(satclip, name):
     kept = np.zeros((16, 16), np.bool_)
     kept[large["y"] // 4, large["x"] // 4] = True
     assert spread[kept].mean() < 0.7 * spread[~kept].mean()
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("p", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("num_bins", [2, 16, 32, 100, 512])
+def test_all_pixels_of_all_scenes_score_as_defined(satclip, p, num_bins):
+    for path in sorted(satclip.glob("*.tif")):
+        with rasterio.open(path) as raster:
+            image = raster.read([2, 3, 4])[:, :192, :192]
+        config = EntropyConfig(num_bins=num_bins)
+        found = score_maps(image, base_patch_size=p, num_scales=3, value_range=RANGE, scorer=config)
+        valid = np.ones(image.shape[1:], np.bool_)
+        for scale, level in enumerate(found):
+            expected = oracle.score_map(image, valid, p * 2**scale, num_bins, [RANGE] * 3)
+            np.testing.assert_allclose(
+                level[: len(expected), : len(expected[0])], expected, atol=3e-6
+            )
