@@ -1,7 +1,7 @@
 """Configuration: frozen models, one YAML file, every field overridable from the command line.
 
 `DataConfig` fixes the bytes of a store; its digest names the result. `RunConfig` says where and how
-a job runs and never changes the result.
+a job runs; a job that is resumed must come to the same choice of scenes.
 """
 
 import difflib
@@ -150,7 +150,7 @@ class DataConfig(Frozen):
 
 
 class RunConfig(Frozen):
-    """Where and how a job runs."""
+    """Where and how a job runs; of this, only max_block_bytes can change which scenes are in."""
 
     workers: int | None = Field(
         None, ge=1, description="Worker processes; one per CPU core when not given."

@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.archive import Scene, Source, find_scenes, fingerprint, read_header, scene_id
+from pipeline.archive import Scene, Source, find_scenes, read_header, scene_id
 from pipeline.cluster import Observer, run_tasks
 from pipeline.commit import (
+    LEDGER,
     Ledger,
     exclusive,
     read_commit,
@@ -29,7 +30,7 @@ from pipeline.layout import read_header as read_store_header
 from pipeline.manifest import FrameCounts, encode_manifest
 from pipeline.partitions import DEFAULT_PARTITION
 from pipeline.plan import Plan, accept, make_plan
-from pipeline.reading import check_score_file, sample_tiles
+from pipeline.reading import check_score_file, input_fingerprint, sample_tiles
 from pipeline.scorers.config import ExternalConfig
 from pipeline.shard import process_shard, shard_task
 from pipeline.stats import configured_ranges, value_ranges_of
@@ -117,18 +118,19 @@ def run_job(source: str, store: Path, config: PreprocessConfig, observer: Observ
     if existing is None:
         _check_free(store)
         job = plan_job(source, config)
-        created = True
         _create_store(store, job, _value_ranges(job))
     else:
         _check_same_config(store, existing, config.data())
-        _check_same_inputs(store, find_scenes(source))
+        _check_same_inputs(store, find_scenes(source), config.data())
         finished = _finished_report(store)
         if finished is not None:
             return finished
         job = plan_job(source, config)
-        created = False
+        _check_same_refusals(store, job)
     with exclusive(store):
-        report = _complete(store, job, observer)
+        # Another process may have finished it since we looked.
+        report = _finished_report(store) or _complete(store, job, observer)
+    created = existing is None
     if report.tiles == 0 and created:
         shutil.rmtree(store)
     _require_scenes(source, report.inputs, report.done, report.quarantined)
@@ -205,12 +207,12 @@ def _create_store(store: Path, job: Job, ranges: ValueRanges) -> None:
         "modalities": {layout.modality: modality_header(layout, ranges, distance)},
         "provenance": {name: _version(name) for name in _PROVENANCE},
     }
-    rows = _ledger_scenes(job.source, job.refused)
+    rows = _ledger_scenes(job.source, job.refused, config)
     unfinished = store.with_name(f"{store.name}.{os.getpid()}.partial")
     try:
         store.parent.mkdir(parents=True, exist_ok=True)
         create_arrays(unfinished, layout, header)
-        Ledger(unfinished / "ledger.jsonl", rows).create()
+        Ledger(unfinished / LEDGER, rows).create()
         unfinished.replace(store)
     except OSError as error:
         raise StoreError(
@@ -244,7 +246,9 @@ def _value_ranges(job: Job) -> ValueRanges:
     return value_ranges_of(samples)
 
 
-def _ledger_scenes(source: Source, refused: dict[str, str]) -> list[dict[str, Any]]:
+def _ledger_scenes(
+    source: Source, refused: dict[str, str], config: DataConfig
+) -> list[dict[str, Any]]:
     rows = []
     for file in source.files:
         name = scene_id(file, source.root)
@@ -252,7 +256,7 @@ def _ledger_scenes(source: Source, refused: dict[str, str]) -> list[dict[str, An
             {
                 "scene": name,
                 "path": file.relative_to(source.root).as_posix(),
-                "fingerprint": fingerprint(file),
+                "fingerprint": input_fingerprint(file, name, config.scoring),
                 "refused": refused.get(name),
             }
         )
@@ -260,6 +264,10 @@ def _ledger_scenes(source: Source, refused: dict[str, str]) -> list[dict[str, An
 
 
 def _check_free(store: Path) -> None:
+    if store.absolute() == Path.cwd():
+        raise StoreError(
+            f"{store} is the current folder; give a name for the store, such as ./store"
+        )
     if store.exists() and not store.is_dir():
         raise StoreError(f"{store} is a file; give a path for a new store")
     if store.is_dir() and any(store.iterdir()):
@@ -290,9 +298,10 @@ def _first_difference(was: Any, now: Any, key: str = "") -> str:
     return f"{key} is {was} there and {now} now"
 
 
-def _check_same_inputs(store: Path, source: Source) -> None:
+def _check_same_inputs(store: Path, source: Source, config: DataConfig) -> None:
     planned = {row["scene"]: row["fingerprint"] for row in Ledger.read(store).scenes}
-    found = {scene_id(file, source.root): fingerprint(file) for file in source.files}
+    names = {scene_id(file, source.root): file for file in source.files}
+    found = {name: input_fingerprint(file, name, config.scoring) for name, file in names.items()}
     if planned != found:
         differing = [
             name for name in sorted(planned | found) if planned.get(name) != found.get(name)
@@ -311,13 +320,24 @@ def _check_same_inputs(store: Path, source: Source) -> None:
         )
 
 
+def _check_same_refusals(store: Path, job: Job) -> None:
+    """The tiles' slots follow from which scenes are in, so the rest of a job needs the same ones."""
+    before = {row["scene"]: row["refused"] for row in Ledger.read(store).scenes if row["refused"]}
+    differing = sorted(before.keys() ^ job.refused.keys())
+    if differing:
+        name = differing[0]
+        was, now = before.get(name, "accepted"), job.refused.get(name, "accepted")
+        raise ArchiveError(
+            f"{store} was begun with another choice of scenes: {name}: {was} then, {now} now; use the "
+            "same run.max_block_bytes, or preprocess into a new store path"
+        )
+
+
 def _finished_report(store: Path) -> JobReport | None:
-    if read_commit(store) is None:
-        return None
-    ledger = Ledger.read(store)
     commit = read_commit(store)
-    assert commit is not None
-    summary = commit["summary"]
+    if commit is None:
+        return None
+    ledger, summary = Ledger.read(store), commit["summary"]
     return JobReport(
         store, summary["inputs"], ledger.quarantined(), summary["tiles"], summary["shards"], 0
     )

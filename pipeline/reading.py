@@ -9,11 +9,11 @@ import numpy as np
 from rasterio.io import DatasetReader
 from rasterio.windows import Window
 
-from pipeline.archive import SUFFIXES, Scene, open_raster, read_header, read_window
+from pipeline.archive import SUFFIXES, Scene, fingerprint, open_raster, read_header, read_window
 from pipeline.config import DataConfig
 from pipeline.errors import SceneError
 from pipeline.rules import sampled_tiles
-from pipeline.scorers.config import ExternalConfig
+from pipeline.scorers.config import ExternalConfig, ScorerConfig
 
 Span = tuple[int, int]
 
@@ -75,12 +75,25 @@ def sample_tiles(
 
 def score_file(scene: Scene, scoring: ExternalConfig) -> Path:
     """The raster in the configured folder that holds a scene's scores; SceneError without one."""
+    file = _find_scores(Path(scene.path), scene.id, scoring)
+    if file is None:
+        raise SceneError(f"has no score raster {scene.id}.tif in scoring.folder {scoring.folder}")
+    return file
+
+
+def input_fingerprint(file: Path, scene_id: str, scoring: ScorerConfig) -> str:
+    """Fingerprint of a scene's file and, where its scores come from outside, of those too."""
+    own = fingerprint(file)
+    if not isinstance(scoring, ExternalConfig):
+        return own
+    scores = _find_scores(file, scene_id, scoring)
+    return f"{own} {fingerprint(scores) if scores else 'without scores'}"
+
+
+def _find_scores(file: Path, scene_id: str, scoring: ExternalConfig) -> Path | None:
     assert scoring.folder is not None
-    for suffix in (Path(scene.path).suffix, *SUFFIXES):
-        file = Path(scoring.folder, f"{scene.id}{suffix}")
-        if file.is_file():
-            return file
-    raise SceneError(f"has no score raster {scene.id}.tif in scoring.folder {scoring.folder}")
+    candidates = (Path(scoring.folder, f"{scene_id}{s}") for s in (file.suffix, *SUFFIXES))
+    return next((candidate for candidate in candidates if candidate.is_file()), None)
 
 
 def check_score_file(scene: Scene, scoring: ExternalConfig, max_block_bytes: int) -> None:

@@ -61,6 +61,15 @@ def test_the_maps_of_a_store_are_those_of_the_score_rasters(archive, scores, tmp
     assert store.tile("deep/b/r0c0").score_maps[2][0].tolist() == [[1, 1], [1, 1]]
 
 
+def test_scores_that_changed_since_the_job_was_begun_are_noticed(archive, scores, tmp_path):
+    config = settings(tmp_path / "scores", "store.shard_tiles=1")
+    with pytest.raises(KeyboardInterrupt):
+        run_job(str(archive), tmp_path / "store", config, Watching(interrupt_after=1))
+    save_scene(tmp_path / "scores" / "a.tif", scores + 1, compress="lzw")
+    with pytest.raises(ArchiveError, match="1 of its scenes differ, a was changed"):
+        run_job(str(archive), tmp_path / "store", config, Watching())
+
+
 def test_scenes_without_a_fitting_score_raster_are_quarantined(archive, scores, tmp_path):
     save_scene(tmp_path / "scores" / "a.tif", scores[:, :40])
     report = run_job(str(archive), tmp_path / "store", settings(tmp_path / "scores"), Watching())

@@ -196,6 +196,15 @@ def test_another_archive_is_refused_in_words(archive, store, tmp_path):
         run(Path(f"{archive}/*b.tif"), store)
 
 
+def test_a_job_cannot_go_on_with_another_choice_of_scenes(archive, store, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        run(archive, tmp_path / "begun", observer=Watching(interrupt_after=1))
+    with pytest.raises(ArchiveError, match="b: accepted then, one block of it decodes to"):
+        run(archive, tmp_path / "begun", "run.max_block_bytes=10000")
+    run(archive, tmp_path / "begun")
+    assert_same_bytes(store, tmp_path / "begun")
+
+
 def test_unreadable_scenes_are_quarantined_and_the_rest_is_done(archive, tmp_path):
     folder = tmp_path / "archive"
     save_scene(folder / "good.tif", textured((3, 64, 64)))

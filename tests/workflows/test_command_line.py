@@ -115,6 +115,13 @@ def test_wrong_store_paths_are_refused_and_left_as_they_are(archive, tmp_path, c
     assert kept.read_text() == "precious"
 
 
+def test_the_current_folder_is_no_store(archive, tmp_path, monkeypatch, capsys):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert aptile("preprocess", archive, ".") == 2
+    assert "is the current folder; give a name for the store" in refusal(capsys)
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_folder_without_permission_is_refused(archive, tmp_path, capsys):
     (tmp_path / "closed").mkdir(mode=0o500)
