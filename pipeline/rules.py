@@ -12,6 +12,7 @@ import numpy as np
 from pydantic import BeforeValidator, Field, model_validator
 
 from pipeline.errors import ConfigError
+from pipeline.grid import MAX_SCALES
 from pipeline.scorers.config import Frozen
 
 DEFAULT_QUANTILE = 0.5
@@ -60,6 +61,20 @@ class PartitionRule(Frozen):
         """The ways that are given, by name; none means the default quantile."""
         ways = {name: getattr(self, name) for name in WAYS if hasattr(self, name)}
         return {name: value for name, value in ways.items() if value is not None}
+
+
+class PartitionConfig(PartitionRule):
+    """How a frame is cut into patches."""
+
+    base_patch_size: int = Field(4, ge=1, le=64, description="Smallest patch in px.")
+    num_scales: int = Field(
+        3, ge=1, le=MAX_SCALES, description="Patch sizes; each is twice the one before."
+    )
+
+    @property
+    def root_size_px(self) -> int:
+        """Largest patch in px."""
+        return self.base_patch_size * int(2 ** (self.num_scales - 1))
 
 
 class FurtherRule(PartitionRule):

@@ -1,0 +1,1 @@
+"""Settings: what can be configured, presets, loading, words for mistakes."""
