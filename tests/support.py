@@ -1,4 +1,4 @@
-"""What tests share: scenes made on the spot and the command line in this process."""
+"""What tests share: scenes made on the spot or on paper and the command line in this process."""
 
 import filecmp
 import warnings
@@ -12,6 +12,7 @@ from hypothesis.extra import numpy as hnp
 from rasterio.errors import NotGeoreferencedWarning
 
 from pipeline.grid import BaseGrid
+from pipeline.scenes import Asset, Grid, Plane, Scene
 from workflows.cli import app, run
 
 
@@ -103,3 +104,20 @@ def assert_same_bytes(first: Path, second: Path) -> None:
     assert files(first) == files(second)
     _, differing, unreadable = filecmp.cmpfiles(first, second, files(first), shallow=False)
     assert differing == unreadable == []
+
+
+def header(
+    name: str,
+    *,
+    modality: str = "image",
+    bands: tuple[str, ...] = ("band_1",),
+    grid: Grid | None = None,
+    dtype: str = "uint16",
+    block: tuple[int, int] = (256, 256),
+    **facts,
+) -> Scene:
+    """A scene of one file that exists on paper only."""
+    grid = grid or Grid(300, 500, None, None)
+    planes = tuple(Plane(band, number) for number, band in enumerate(bands))
+    asset = Asset(f"/{name}.tif", "raster", grid, dtype, planes, block, "1-1")
+    return Scene(name, modality, (asset,), **facts)

@@ -1,0 +1,129 @@
+"""Where things are: local paths and URLs, and which of them may be opened.
+
+Archives are untrusted: a catalogue or a link may point anywhere. Every path and URL is checked against
+the roots the user gave before anything opens it.
+"""
+
+import importlib
+import posixpath
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import fsspec
+
+from pipeline.errors import ArchiveError, ConfigError, SceneError
+from pipeline.scenes import Access
+
+SCHEMES = ("https", "http", "s3", "gs", "az", "abfs")
+
+
+def is_url(location: str) -> bool:
+    """Whether a location is a URL of a remote scheme; anything else is a local path."""
+    return _scheme(location) in SCHEMES
+
+
+def as_root(location: str) -> str:
+    """A folder or URL prefix as `Access.roots` holds it. Raises ConfigError for what is neither.
+
+    Local folders become absolute with links resolved; URLs lose a trailing slash.
+    """
+    scheme = _scheme(location)
+    if len(scheme) > 1 and not is_url(location):
+        raise ConfigError(
+            f"{location}: scheme {scheme!r} is not supported; expected a local path or one of "
+            f"{', '.join(f'{s}://' for s in SCHEMES)}"
+        )
+    return location.rstrip("/") if is_url(location) else str(Path(location).resolve())
+
+
+def check_allowed(href: str, access: Access) -> None:
+    """Raise SceneError unless `href` lies below one of the roots."""
+    if not any(_below(href, root) for root in access.roots):
+        where = href if is_url(href) else Path(href).resolve()
+        raise SceneError(
+            f"points to {where}, outside {', '.join(access.roots)}; if you trust it, add it to run.allow"
+        )
+
+
+def join(base: str, relative: str) -> str:
+    """`relative` below the folder or URL `base`; as it is where it is absolute or a URL itself."""
+    if is_url(relative) or Path(relative).is_absolute():
+        return relative
+    if is_url(base):
+        parts = urlsplit(base)
+        path = posixpath.normpath(posixpath.join(parts.path or "/", relative))
+        return parts._replace(path=path, query="").geturl()
+    return str(Path(base, relative))
+
+
+def signed(href: str, access: Access) -> str:
+    """The URL to open for `href`: what the user's signing function makes of it, if there is one."""
+    if access.sign is None or not is_url(href):
+        return href
+    return str(_function(access.sign)(href))
+
+
+def file_fingerprint(href: str) -> str:
+    """Size and modification time of a local file, size and entity tag of a remote one.
+
+    Cheap, and different whenever a file was rewritten. Raises OSError where there is no such file.
+    """
+    if not is_url(href):
+        status = Path(href).stat()
+        return f"{status.st_size}-{status.st_mtime_ns}"
+    # Where a server sends one elsewhere, nobody has allowed to go.
+    options = {"allow_redirects": False} if href.startswith(("http:", "https:")) else {}
+    file_system, path = fsspec.core.url_to_fs(href, **options)
+    details = file_system.info(path)
+    tags = ("ETag", "etag", "LastModified", "Last-Modified")
+    tag = next((details[name] for name in tags if details.get(name)), "")
+    return f"{details.get('size')}-{tag}".replace('"', "")
+
+
+def reason_of(error: BaseException) -> str:
+    """Why something could not be read, on one line, from the error that the others go back to."""
+    while (below := error.__cause__ or error.__context__) is not None:
+        error = below
+    # Remote file systems have the address as the whole text; local ones repeat the path.
+    text = getattr(error, "strerror", None) if isinstance(error, OSError) else str(error)
+    if isinstance(error, FileNotFoundError):
+        text = "there is no such file"
+    return " ".join((text or str(error) or type(error).__name__).split())[:300]
+
+
+def _scheme(location: str) -> str:
+    """The scheme of a URL; empty for text that is none."""
+    try:
+        return urlsplit(location).scheme
+    except ValueError:
+        return ""
+
+
+def _below(href: str, root: str) -> bool:
+    if is_url(href) != is_url(root):
+        return False
+    if not is_url(href):
+        return Path(href).resolve().is_relative_to(root)
+    try:
+        parts, allowed = urlsplit(href), urlsplit(root)
+    except ValueError:
+        return False
+    # What a server makes of these is its own affair; none of them is needed in a plain address.
+    decoded = unquote(unquote(parts.path)).replace("\\", "/")
+    if ".." in decoded.split("/") or "\\" in href or "@" in parts.netloc:
+        return False
+    same_host = (parts.scheme, parts.netloc.lower()) == (allowed.scheme, allowed.netloc.lower())
+    return same_host and (
+        parts.path == allowed.path or parts.path.startswith(allowed.path.rstrip("/") + "/")
+    )
+
+
+def _function(name: str) -> Any:
+    module, _, attribute = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ArchiveError(
+            f"run.sign {name!r} cannot be used ({error}); expected package.module:function"
+        ) from None

@@ -1,0 +1,1 @@
+"""Opening the assets of scenes: raster files and array variables, read by window."""
