@@ -1,114 +1,193 @@
-"""The plan of a job: which tiles exist, in which order, and which shard and slot each one has.
+"""The plan of a job: which tiles exist, in which order, and which shard and slots each one has.
 
 Pure: from scene headers and a configuration, without reading a pixel or touching the store. Every
-tile's place is fixed before any work starts, so the bytes of a store cannot depend on scheduling.
+frame's place is fixed before any work starts, so the bytes of a store cannot depend on scheduling.
 """
 
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
-from pipeline.archive import Scene
-from pipeline.config import DataConfig
 from pipeline.errors import ArchiveError
 from pipeline.grid import BaseGrid
+from pipeline.planning.bands import SetShape, set_shapes
+from pipeline.planning.stacks import Stack
+from pipeline.scenes import Scene
 from pipeline.scorers.config import ExternalConfig
+from pipeline.settings.config import DataConfig, ModalitySettings
+from pipeline.storage.layout import BandSet, StoreLayout
 
-# `scene` indexes Plan.scenes; `row`, `col` count tiles from the scene's top left.
-TILE = np.dtype([("scene", np.int32), ("row", np.int32), ("col", np.int32)])
+# `stack` indexes Plan.stacks; `row`, `col` count tiles from the place's top left.
+TILE = np.dtype([("stack", np.int32), ("row", np.int32), ("col", np.int32)])
+# `slot` counts frame slots of a modality, `tile` tiles of the plan, `timestep` the stack's datetimes
+# (0 for static modalities), `scene` indexes ModalityPlan.scenes.
+FRAME = np.dtype(
+    [("slot", np.int64), ("tile", np.int64), ("timestep", np.int32), ("scene", np.int32)]
+)
 # Shards hold a multiple of this many frames, so that their partitions have a common chunk size.
 SLOT_MULTIPLE = 16
+# The uncompressed pixels of one shard, which a worker holds at once, stay below this.
+SHARD_BYTES = 512 * 2**20
+
+
+@dataclass(frozen=True)
+class ModalityPlan:
+    """One modality of a plan. `scenes` are those that stacks use, in the order of their ids.
+
+    `scale` and `offset` give numbers of the store their physical meaning; None where nothing is known.
+    """
+
+    settings: ModalitySettings
+    layout: StoreLayout
+    scenes: tuple[Scene, ...]
+    scale: float | None
+    offset: float | None
+
+    @property
+    def name(self) -> str:
+        return self.settings.name
+
+    @property
+    def scored_bands(self) -> tuple[int, ...]:
+        """Indices into the first set's bands of those that are scored; none for scores from outside."""
+        if self.settings.scoring is None or isinstance(self.settings.scoring, ExternalConfig):
+            return ()
+        bands = self.layout.bands
+        return tuple(bands.index(b) for b in self.settings.scored_band_names() or bands)
+
+    def configured_ranges(self) -> tuple[tuple[float, float], ...] | None:
+        """The configured (low, high) of every band in the store's numbers, or None if to be estimated.
+
+        The configuration speaks of numbers without an added offset; where the store has one, ranges move.
+        Label rasters have no range.
+        """
+        config, bands = self.settings.config, self.layout.all_bands
+        if self.settings.is_label:
+            return ()
+        given = config.value_ranges()
+        if given is None:
+            return None
+        names = config.bands or bands
+        pairs = dict(zip(names, given * len(names) if len(given) == 1 else given, strict=True))
+        moved = 0.0
+        if config.baseline is not None and self.offset is not None and self.scale:
+            moved = float(round(((config.offset or 0.0) - self.offset) / self.scale))
+        return tuple((low + moved, high + moved) for low, high in map(pairs.__getitem__, bands))
+
+    def scene_index(self, scene: Scene) -> int:
+        """Position in `scenes` of a scene of a stack."""
+        return self._positions[id(scene)]
+
+    @cached_property
+    def _positions(self) -> dict[int, int]:
+        return {id(scene): index for index, scene in enumerate(self.scenes)}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Tiles in storage order: shard `k` holds tiles `[k * capacity, (k + 1) * capacity)`."""
+    """Tiles in storage order: shard `k` holds tiles `[k * shard_tiles, (k + 1) * shard_tiles)`."""
 
     config: DataConfig
-    scenes: tuple[Scene, ...]
+    stacks: tuple[Stack, ...]
     tiles: np.ndarray
     num_shards: int
-    shard_capacity: int
-    bands: tuple[str, ...]
-    dtype: str
+    shard_tiles: int
+    modalities: dict[str, ModalityPlan]
 
     @property
-    def grid(self) -> BaseGrid:
-        return tile_grid(self.config)
+    def lead(self) -> ModalityPlan:
+        """The modality whose grids and dates lead."""
+        return next(iter(self.modalities.values()))
 
-    @property
-    def scored_bands(self) -> tuple[int, ...]:
-        """Indices into `bands` of those that are scored; none for scores from outside."""
-        if isinstance(self.config.scoring, ExternalConfig):
-            return ()
-        return tuple(self.bands.index(b) for b in self.config.scored_band_names() or self.bands)
+    def tile_range(self, shard: int) -> range:
+        """The tiles of one shard."""
+        first = shard * self.shard_tiles
+        return range(first, min(first + self.shard_tiles, len(self.tiles)))
 
-    def shard_tiles(self, shard: int) -> np.ndarray:
-        """The tiles of one shard; its slot `i` is frame `shard * shard_capacity + i`."""
-        return self.tiles[shard * self.shard_capacity : (shard + 1) * self.shard_capacity]
-
-    def tile_id(self, tile: np.void) -> str:
-        return f"{self.scenes[tile['scene']].id}/r{tile['row']}c{tile['col']}"
-
-
-def make_plan(config: DataConfig, scenes: Sequence[Scene]) -> Plan:
-    """Lay out all tiles of all scenes. Scenes must have equal band counts and types (see `accept`)."""
-    tile_px = config.store.tile_size_px
-    tiles = np.concatenate(
-        [_scene_tiles(index, scene, tile_px) for index, scene in enumerate(scenes)]
-    )
-    num_shards = -(-len(tiles) // config.store.shard_tiles)
-    # Equal runs: 600 tiles at 512 per shard are 2 x 300, not 512 + 88.
-    capacity = -(-len(tiles) // num_shards)
-    if capacity > SLOT_MULTIPLE:
-        capacity = -(-capacity // SLOT_MULTIPLE) * SLOT_MULTIPLE
-    return Plan(
-        config=config,
-        scenes=tuple(scenes),
-        tiles=tiles,
-        num_shards=-(-len(tiles) // capacity),
-        shard_capacity=capacity,
-        bands=config.modality.bands or default_bands(scenes[0].num_bands),
-        dtype=scenes[0].dtype,
-    )
-
-
-def accept(config: DataConfig, scenes: Sequence[Scene]) -> tuple[list[Scene], dict[str, str]]:
-    """Scenes that belong to the configured modality, and the reason for each that does not.
-
-    Raises ArchiveError where the scenes contradict each other and nothing says which are right.
-    """
-    bands = config.modality.bands
-    accepted, refused = [], {}
-    for scene in scenes:
-        if bands is not None and scene.num_bands != len(bands):
-            refused[scene.id] = (
-                f"has {scene.num_bands} bands; modality {config.modality.name} has {len(bands)}"
+    def frames(self, modality: str, tiles: range) -> np.ndarray:
+        """FRAME rows of some tiles of one shard, in slot order. Missing timesteps have none."""
+        plan, parts = self.modalities[modality], []
+        stacks = self.tiles["stack"][tiles.start : tiles.stop]
+        starts = self._frame_starts(modality)[tiles.start : tiles.stop]
+        for index in np.unique(stacks).tolist():
+            present = [
+                (timestep, plan.scene_index(scene))
+                for timestep, scene in enumerate(self.stacks[index].scenes[modality])
+                if scene is not None
+            ]
+            own = np.flatnonzero(stacks == index)
+            block = np.empty((len(own), len(present)), FRAME)
+            block["slot"] = starts[own, None] + np.arange(len(present))
+            block["tile"] = tiles.start + own[:, None]
+            block["timestep"], block["scene"] = (
+                np.array(present, np.int32).reshape(-1, 2).T[:, None]
             )
-        else:
-            accepted.append(scene)
-    _refuse_mixture(accepted, "number of bands", [str(scene.num_bands) for scene in accepted])
-    _refuse_mixture(accepted, "pixel type", [scene.dtype for scene in accepted])
-    if accepted:
-        _check_bands_exist(config, accepted[0])
-    return accepted, refused
+            parts.append(block.ravel())
+        frames = np.concatenate([np.empty(0, FRAME), *parts])
+        return frames[np.argsort(frames["slot"], kind="stable")]
+
+    def tile_id(self, tile: int) -> str:
+        at = self.tiles[tile]
+        return f"{self.stacks[at['stack']].name}/r{at['row']}c{at['col']}"
+
+    def _frame_starts(self, modality: str) -> np.ndarray:
+        """int64 [tile]: the first slot of every tile."""
+        if modality not in self._starts:
+            per_tile = frames_per_stack(self.stacks, modality)[self.tiles["stack"]]
+            before = np.cumsum(per_tile) - per_tile
+            shard = np.arange(len(self.tiles)) // self.shard_tiles
+            first = before[:: self.shard_tiles][shard]
+            capacity = self.modalities[modality].layout.shard_capacity
+            self._starts[modality] = shard * capacity + before - first
+        return self._starts[modality]
+
+    @cached_property
+    def _starts(self) -> dict[str, np.ndarray]:
+        return {}
 
 
-def tile_grid(config: DataConfig) -> BaseGrid:
-    """The base grid of one tile."""
-    cells = config.store.tile_size_px // config.partition.base_patch_size
-    return BaseGrid(cells, cells, config.partition.base_patch_size, config.partition.num_scales)
+def make_plan(
+    config: DataConfig,
+    stacks: Sequence[Stack],
+    offsets: dict[str, tuple[float | None, float | None]],
+) -> Plan:
+    """Lay out all tiles of all stacks; `offsets` holds scale and offset by modality.
+
+    Raises ArchiveError where scenes of one modality differ in what one array needs to be.
+    """
+    scenes = {settings.name: _used(stacks, settings.name) for settings in config.all_modalities()}
+    shapes = {
+        settings.name: set_shapes(
+            settings, config.store.tile_size_px, stacks, scenes[settings.name]
+        )
+        for settings in config.all_modalities()
+    }
+    tiles = np.concatenate(
+        [_stack_tiles(index, stack, config) for index, stack in enumerate(stacks)]
+    )
+    per_tile = {name: frames_per_stack(stacks, name) for name in shapes}
+    shard_tiles = _tiles_per_shard(config, len(tiles), shapes, per_tile)
+    num_shards = -(-len(tiles) // shard_tiles)
+    modalities = {}
+    for settings in config.all_modalities():
+        name = settings.name
+        frames = per_tile[name][tiles["stack"]]
+        capacity = int(np.add.reduceat(frames, np.arange(0, len(tiles), shard_tiles)).max())
+        layout = _layout(config, settings, shapes[name], num_shards, _rounded(max(1, capacity)))
+        modalities[name] = ModalityPlan(settings, layout, scenes[name], *offsets[name])
+    return Plan(config, tuple(stacks), tiles, num_shards, shard_tiles, modalities)
 
 
-def default_bands(num_bands: int) -> tuple[str, ...]:
-    """Names for the bands of a modality nobody named."""
-    return tuple(f"band_{number}" for number in range(1, num_bands + 1))
+def frames_per_stack(stacks: Sequence[Stack], modality: str) -> np.ndarray:
+    """int64 [stack]: frames of a modality each of its tiles has room for."""
+    numbers = [sum(s is not None for s in stack.scenes[modality]) for stack in stacks]
+    return np.array(numbers, np.int64)
 
 
 def tile_order(height: int, width: int, tile_px: int, block_shape: tuple[int, int]) -> np.ndarray:
-    """int32 [tile, (row, col)]: every tile of a scene once, grouped by the file's blocks.
+    """int32 [tile, (row, col)]: every tile of a place once, grouped by the file's blocks.
 
     Groups are as large as a block, or one tile if that is larger, and come row by row. A shard, a
     contiguous run of tiles, then cuts through at most two groups and few blocks are decoded twice.
@@ -121,44 +200,91 @@ def tile_order(height: int, width: int, tile_px: int, block_shape: tuple[int, in
     return np.stack([row[order], col[order]], axis=1)
 
 
-def _scene_tiles(index: int, scene: Scene, tile_px: int) -> np.ndarray:
-    order = tile_order(scene.height, scene.width, tile_px, scene.block_shape)
+def _used(stacks: Sequence[Stack], modality: str) -> tuple[Scene, ...]:
+    """Scenes of the stacks, by id; one that is resampled onto several grids occurs once for each."""
+    by_object = {
+        id(scene): (scene.id, stack.name, scene)
+        for stack in stacks
+        for scene in stack.scenes[modality]
+        if scene is not None
+    }
+    return tuple(scene for _, _, scene in sorted(by_object.values(), key=lambda used: used[:2]))
+
+
+def _stack_tiles(index: int, stack: Stack, config: DataConfig) -> np.ndarray:
+    lead = next(scene for scene in next(iter(stack.scenes.values())) if scene is not None)
+    block = lead.assets[0].block_shape
+    order = tile_order(stack.grid.height, stack.grid.width, config.store.tile_size_px, block)
     tiles = np.empty(len(order), TILE)
-    tiles["scene"] = index
+    tiles["stack"] = index
     tiles["row"], tiles["col"] = order.T
     return tiles
 
 
-def _refuse_mixture(scenes: Sequence[Scene], what: str, values: Sequence[str]) -> None:
-    groups = defaultdict(list)
-    for scene, value in zip(scenes, values, strict=True):
-        groups[value].append(scene.path)
-    if len(groups) > 1:
-        found = ", ".join(
-            f"{value} ({paths[0]} and {len(paths) - 1} more)"
-            if len(paths) > 1
-            else f"{value} ({paths[0]})"
-            for value, paths in sorted(groups.items())
+def _tiles_per_shard(
+    config: DataConfig,
+    num_tiles: int,
+    shapes: dict[str, list[SetShape]],
+    per_tile: dict[str, np.ndarray],
+) -> int:
+    """Tiles per shard: as configured, fewer where memory asks for it, in equal runs."""
+    tile_bytes = sum(
+        per_tile[name] * sum(shape.frame_bytes for shape in of_set)
+        for name, of_set in shapes.items()
+    )
+    most = max(1, min(config.store.shard_tiles, SHARD_BYTES // max(1, int(np.max(tile_bytes)))))
+    # Equal runs: 600 tiles at 512 per shard are 2 x 300, not 512 + 88.
+    return _rounded(-(-num_tiles // -(-num_tiles // most)))
+
+
+def _rounded(slots: int) -> int:
+    return -(-slots // SLOT_MULTIPLE) * SLOT_MULTIPLE if slots > SLOT_MULTIPLE else slots
+
+
+def _layout(
+    config: DataConfig,
+    settings: ModalitySettings,
+    shapes: list[SetShape],
+    num_shards: int,
+    capacity: int,
+) -> StoreLayout:
+    """Arrays of a modality; ArchiveError if its tiles hold no whole number of roots."""
+    rule, tile_px = settings.partition, shapes[0].tile_size_px
+    if settings.is_label:
+        grid = BaseGrid(1, 1, tile_px, 1)
+    elif tile_px % rule.root_size_px:
+        raise ArchiveError(
+            f"a tile of modality {settings.name} is {tile_px} px wide; it must be a multiple of the "
+            f"largest patch, {rule.root_size_px} px: change store.tile_size_px "
+            f"({config.store.tile_size_px}) or its partition"
         )
-        raise ArchiveError(
-            f"the scenes differ in their {what}: {found}; one modality needs one: give a glob that "
-            "selects the scenes of one kind, or a configuration with modality.bands"
-        )  # fmt: skip
+    else:
+        cells = tile_px // rule.base_patch_size
+        _check_budget(settings, tile_px)
+        grid = BaseGrid(cells, cells, rule.base_patch_size, rule.num_scales)
+    sets = tuple(
+        BandSet("" if first else shape.name, shape.bands, shape.dtype, shape.tile_size_px)
+        for first, shape in zip([True, *[False] * len(shapes)], shapes, strict=False)
+    )
+    return StoreLayout(
+        modality=settings.name,
+        band_sets=sets,
+        grid=grid,
+        num_shards=num_shards,
+        shard_capacity=capacity,
+        codec=config.store.codec,
+        scored=settings.scoring is not None,
+        tokenized=not settings.is_label,
+    )
 
 
-def _check_bands_exist(config: DataConfig, scene: Scene) -> None:
-    scored = config.scored_band_names()
-    if config.modality.bands is None and scored is not None:
-        names = default_bands(scene.num_bands)
-        unknown = [band for band in scored if band not in names]
-        if unknown:
-            raise ArchiveError(
-                f"scoring.bands names {unknown}, but modality.bands is not given and {scene.path} "
-                f"has {', '.join(names)}"
-            )
-    ranges = config.modality.value_ranges()
-    if ranges is not None and len(ranges) not in {1, scene.num_bands}:
+def _check_budget(settings: ModalitySettings, tile_px: int) -> None:
+    rule = settings.partition
+    budget = rule.tokens_per_tile
+    least, most = ((tile_px // size) ** 2 for size in (rule.root_size_px, rule.base_patch_size))
+    if budget is not None and not least <= budget <= most:
         raise ArchiveError(
-            f"modality.value_range has {len(ranges)} pairs; give one, or one per band: "
-            f"{scene.path} has {scene.num_bands} bands"
+            f"partition.tokens_per_tile of modality {settings.name} is {budget}, but a tile of {tile_px} "
+            f"px has {least} patches of {rule.root_size_px} px to {most} of {rule.base_patch_size} px; give a "
+            "number between them"
         )

@@ -1,0 +1,1 @@
+"""Planning: from scene headers to tiles, slots, splits and labels; no pixel is read."""
