@@ -14,12 +14,15 @@ from torch.utils.data import Dataset
 
 from model.packing import TokenBatch, pack
 from pipeline.errors import ConfigError
-from pipeline.partitions import DEFAULT_PARTITION
-from pipeline.store import Store, Tile, open_store
+from pipeline.storage.partitions import DEFAULT_PARTITION
+from pipeline.storage.tiles import Tile
+from pipeline.store import Store, open_store
 
 
 class TileDataset(Dataset[Tile]):
     """The committed tiles of one modality of a store, cut by one of its partitions.
+
+    Pixels are those of its first band set; a tile without any frame of the modality has no tokens.
 
     `dataset[i]` is a tile with everything decoded; `dataset.batch([...])` reads several tiles
     concurrently and packs them. Reading needs neither rasterio nor dask nor numba.
@@ -33,19 +36,17 @@ class TileDataset(Dataset[Tile]):
     ) -> None:
         self.store = store if isinstance(store, Store) else open_store(store)
         self.modality = modality if modality is not None else self.store.modalities[0]
-        if self.modality not in self.store.modalities:
+        if self.modality not in self.store.tokenized:
             raise ConfigError(
-                f"{self.store.path} has no modality {self.modality!r}; "
-                f"it has {', '.join(self.store.modalities)}"
+                f"{self.store.path} has no modality {self.modality!r} with tokens; "
+                f"it has {', '.join(self.store.tokenized)}"
             )
         self.store.check_partition(self.modality, partition)
         self.partition = partition
-        column = self.store.manifest[self.modality].combine_chunks()
-        self._frame_start = column.field("frame_start").to_numpy()
-        self._num_frames = column.field("num_frames").to_numpy().astype(np.int64)
+        self._frames = self.store.frame_table(self.modality)
 
     def __len__(self) -> int:
-        return len(self._frame_start)
+        return len(self._frames.per_tile)
 
     def __getitem__(self, index: int) -> Tile:
         if not 0 <= index < len(self):
@@ -59,13 +60,10 @@ class TileDataset(Dataset[Tile]):
             raise IndexError(
                 f"batch of tiles {tiles.tolist()!s:.80}; give at least one index in 0 ... {len(self) - 1}"
             )
-        frames_per_tile = self._num_frames[tiles]
-        frames = np.concatenate(
-            [np.arange(self._frame_start[tile], self._frame_start[tile] + n)
-             for tile, n in zip(tiles, frames_per_tile, strict=True)]
-        )  # fmt: skip
-        read = self.store.read_frames(self.modality, frames, self.partition)
-        return pack(read, frames_per_tile, tiles, self.store.layouts[self.modality].grid)
+        slots, timesteps = self._frames.of(tiles)
+        read = self.store.read_frames(self.modality, slots, self.partition)
+        grid = self.store.layouts[self.modality].grid
+        return pack(read, self._frames.per_tile[tiles], timesteps, tiles, grid)
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ from model.attention import choose_attention
 from model.embed import REFERENCE_DISTANCE_M, CompositeEncoding, PatchEmbedding, PixelNormalization
 from model.merge import RunMerge
 from model.packing import TokenBatch
-from pipeline.config import canonical_json
 from pipeline.errors import ConfigError
 from pipeline.scorers.config import Frozen
+from pipeline.settings.canonical import canonical_json
 from pipeline.store import Store
 
 Size = Literal["nano", "tiny", "small", "base", "large"]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pipeline import segments
 from pipeline.grid import BaseGrid
-from pipeline.store import Frames
+from pipeline.storage.tiles import Frames
 
 
 @dataclass(frozen=True)
@@ -88,16 +88,18 @@ class TokenBatch:
 
 
 def pack(
-    frames: Frames, frames_per_tile: np.ndarray, tile_indices: np.ndarray, grid: BaseGrid
+    frames: Frames,
+    frames_per_tile: np.ndarray,
+    timestep: np.ndarray,
+    tile_indices: np.ndarray,
+    grid: BaseGrid,
 ) -> TokenBatch:
     """A batch from the frames of some tiles, tile after tile.
 
-    `frames_per_tile` int64 [B] says how many of the frames belong to each tile; their timesteps
-    count from 0 in each.
+    `frames_per_tile` int64 [B] says how many of the frames belong to each tile, `timestep` int64 [F]
+    which of its tile's timesteps each one is.
     """
     tile_of_frame = np.repeat(np.arange(len(frames_per_tile)), frames_per_tile)
-    first_frame = np.cumsum(frames_per_tile) - frames_per_tile
-    timestep = np.arange(tile_of_frame.size) - first_frame[tile_of_frame]
 
     leaves_per_frame = np.array([scales.size for scales in frames.scales], np.int64)
     leaves = np.concatenate([np.empty(0, np.uint8), *frames.scales])

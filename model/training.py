@@ -25,9 +25,9 @@ from model.data import BatchOrder, BatchStream, TileDataset
 from model.encoder import CONFIG_FILE, APTEncoder, EncoderConfig, Size
 from model.objectives import MaskedPrediction, random_masking
 from model.packing import TokenBatch
-from pipeline.config import canonical_json
 from pipeline.errors import StoreError
 from pipeline.scorers.config import Frozen
+from pipeline.settings.canonical import canonical_json
 
 CHECKPOINT, LOSS_FILE, RUN_FILE, ENCODER = (
     "checkpoint.safetensors",

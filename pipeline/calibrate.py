@@ -15,7 +15,7 @@ import numpy as np
 from pipeline.errors import ConfigError
 from pipeline.grid import BaseGrid
 from pipeline.nodes import Shared, level_offsets, node_scores, shared_nodes
-from pipeline.places import FrameRun, places_of
+from pipeline.storage.places import FrameRun, places_of
 from pipeline.store import Store
 
 
@@ -56,7 +56,8 @@ class TokenCurve:
             )
         steps = np.append(np.unique(self.critical), 1.0)
         tokens = self.tokens_from[np.searchsorted(self.critical, steps, side="left")]
-        return float(steps[np.argmax(tokens <= mean_tokens * self.num_tiles)])
+        # The quotient is that of `mean_tokens`: a mean of the curve finds its own step.
+        return float(steps[np.argmax(tokens / self.num_tiles <= mean_tokens)])
 
 
 def token_curve(
@@ -84,7 +85,7 @@ def store_curve(store: Store, modality: str, shared: Shared | None = None) -> To
     Holds about 16 bytes per base cell of the store. Raises IntegrityError if a map is lost.
     """
     layout, places = store.layouts[modality], places_of(store, modality)
-    store.check_shards(places.frame_start // layout.shard_capacity)
+    store.check_shards(places.slots // layout.shard_capacity)
     runs = (places.run(places.shard_tiles(shard)) for shard in range(layout.num_shards))
     blocks = (
         (node_scores(store.read_score_maps(modality, run.frames), layout.grid), run)

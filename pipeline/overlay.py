@@ -9,7 +9,7 @@ from matplotlib.collections import PatchCollection
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from pipeline.store import Tile
+from pipeline.storage.tiles import Tile
 
 # Percentiles of the valid pixels that become black and white.
 _STRETCH = (2, 98)
@@ -18,7 +18,7 @@ _INVALID_COLOUR = (1.0, 0.0, 1.0)
 _PNG_DPI = 110
 
 
-def draw_tile(tile: Tile, bands: tuple[str, ...], file: Path, timestep: int = 0) -> None:
+def draw_tile(tile: Tile, bands: tuple[str, ...], file: Path, frame: int = 0) -> None:
     """Write a PNG of one frame: image, image with leaves, and one score map per patch size.
 
     Missing leaves are crossed out; invalid pixels are magenta.
@@ -26,21 +26,26 @@ def draw_tile(tile: Tile, bands: tuple[str, ...], file: Path, timestep: int = 0)
     sizes = tile.grid.patch_sizes
     # The Agg canvas needs no display and leaves the caller's backend alone.
     with mpl.rc_context({"font.size": 9}):
-        figure = Figure(figsize=(4 * (2 + len(sizes)), 4.6), layout="constrained")
-        axes = figure.subplots(1, 2 + len(sizes))
+        # Label rasters have no leaves, uniform patches no scores.
+        leaves, maps = int(bool(tile.scales)), len(tile.score_maps)
+        panels = 1 + leaves + maps
+        figure = Figure(figsize=(4 * panels, 4.6), layout="constrained")
+        axes = figure.subplots(1, panels, squeeze=False)[0]
         shown = display_bands(bands)
-        image = stretched(tile.pixels[timestep][list(shown)], tile.valid[timestep])
-        for panel in axes[:2]:
+        image = stretched(tile.pixels[frame][list(shown)], tile.valid[frame])
+        for panel in axes[: 1 + leaves]:
             panel.imshow(image, interpolation="nearest")
         axes[0].set_title(" ".join(bands[band] for band in shown))
-        _draw_leaves(axes[1], tile, timestep)
-        for panel, size, maps in zip(axes[2:], sizes, tile.score_maps, strict=True):
-            drawn = panel.imshow(maps[timestep], cmap="viridis", vmin=0, interpolation="nearest")
+        if leaves:
+            _draw_leaves(axes[1], tile, frame)
+        for panel, size, scores in zip(axes[1 + leaves :], sizes, tile.score_maps, strict=False):
+            drawn = panel.imshow(scores[frame], cmap="viridis", vmin=0, interpolation="nearest")
             panel.set_title(f"score, {size} px patches")
             figure.colorbar(drawn, ax=panel, shrink=0.75)
         for panel in axes:
             panel.set_axis_off()
-        figure.suptitle(tile.id)
+        when = tile.datetimes[int(tile.timesteps[frame])]
+        figure.suptitle(tile.id if when is None else f"{tile.id}  {when:%Y-%m-%d}")
         figure.savefig(file, dpi=_PNG_DPI)
 
 
@@ -63,9 +68,9 @@ def stretched(image: np.ndarray, valid: np.ndarray) -> np.ndarray:
     return picture
 
 
-def _draw_leaves(panel: Axes, tile: Tile, timestep: int) -> None:
+def _draw_leaves(panel: Axes, tile: Tile, frame: int) -> None:
     leaves = tile.descriptors()
-    leaves = leaves[leaves["timestep"] == timestep]
+    leaves = leaves[leaves["timestep"] == tile.timesteps[frame]]
     present = leaves[~leaves["missing"]]
     p = tile.grid.base_patch_size
     for group, colour in ((present, "yellow"), (leaves[leaves["missing"]], "red")):
@@ -79,6 +84,8 @@ def _draw_leaves(panel: Axes, tile: Tile, timestep: int) -> None:
     for leaf in leaves[leaves["missing"]]:
         y, x, size = leaf["y"] * p - 0.5, leaf["x"] * p - 0.5, leaf["size"]
         panel.plot([x, x + size], [y, y + size], color="red", linewidth=0.5)
-    uniform = np.count_nonzero(~np.isnan(tile.score_maps[0][timestep]))
+    uniform = int((4.0 ** present["scale"]).sum())
+    if tile.score_maps:
+        uniform = int(np.count_nonzero(~np.isnan(tile.score_maps[0][frame])))
     share = f" ({len(present) / uniform:.0%})" if uniform else ""
     panel.set_title(f"{len(present)} tokens of {uniform}{share}")

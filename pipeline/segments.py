@@ -72,10 +72,13 @@ def check(scales: np.ndarray, grid: BaseGrid, name: str) -> None:
 
 
 def leaf_scores(scales: np.ndarray, grid: BaseGrid, score_maps: list[np.ndarray]) -> np.ndarray:
-    """float32 [leaf]: the score of each leaf, read from the maps [cell_y, cell_x] (NaN if missing)."""
+    """float32 [leaf]: the score of each leaf, read from the maps [cell_y, cell_x].
+
+    NaN for missing leaves, and for all where there are no maps.
+    """
     yx = grid.cell_yx[starts(scales)]
     level = levels(scales)
-    scores = np.empty(scales.size, np.float32)
+    scores = np.full(scales.size, np.nan, np.float32)
     for s, level_map in enumerate(score_maps):
         here = level == s
         scores[here] = level_map[yx[here, 0] >> s, yx[here, 1] >> s]

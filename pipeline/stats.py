@@ -1,44 +1,17 @@
-"""Statistics: value ranges estimated from a sample, and the token table of a store."""
+"""Statistics: the token table of a store."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 
-from pipeline.config import DataConfig
-from pipeline.errors import ArchiveError
-from pipeline.partitions import DEFAULT_PARTITION
+from pipeline.storage.partitions import DEFAULT_PARTITION
+from pipeline.storage.tiles import expand
 from pipeline.store import Store
 
-# Percentiles of the valid pixels that bound an estimated value range: robust against a few
-# saturated or dead pixels, wide enough to tell the rest apart.
-RANGE_PERCENTILES = (1.0, 99.0)
 TOKEN_PERCENTILES = (10, 50, 90)
-
-
-def value_ranges_of(samples: Sequence[np.ndarray]) -> tuple[tuple[float, float], ...]:
-    """(low, high) per band from samples of valid pixels, each [band, pixel].
-
-    The 1st and 99th percentile; a constant band gets a range of width 1 from its value on.
-    """
-    pixels = np.concatenate(samples, axis=1)
-    if pixels.shape[1] == 0:
-        raise ArchiveError(
-            "no valid pixel in the sampled tiles, so no value range can be estimated; give "
-            "modality.value_range, or check modality.nodata"
-        )
-    low, high = np.percentile(pixels.astype(np.float64), RANGE_PERCENTILES, axis=1)
-    high = np.where(high > low, high, low + 1.0)
-    return tuple((float(a), float(b)) for a, b in zip(low, high, strict=True))
-
-
-def configured_ranges(config: DataConfig, num_bands: int) -> tuple[tuple[float, float], ...] | None:
-    """The configured (low, high) of every band, or None if they are to be estimated."""
-    ranges = config.modality.value_ranges()
-    if ranges is None:
-        return None
-    return ranges * num_bands if len(ranges) == 1 else ranges
 
 
 @dataclass(frozen=True)
@@ -46,8 +19,9 @@ class TokenTable:
     """Token counts of the tiles of one modality of a store under one of its partitions.
 
     `tokens` int64 [tile, scale] counts tokens by patch size, fine to coarse; `base_cells` int64
-    [tile] counts base cells with a valid pixel: the tokens of the uniform base grid;
-    `valid_fraction` float64 [tile] lies in [0, 1].
+    [tile] counts base cells with a valid pixel: the tokens of the uniform base grid. `frames` and
+    `missing` int64 [tile] count timesteps that are there and that are not; `valid_fraction`,
+    `cloud_fraction` and `nodata_fraction` float64 [frame] of all frames that are there lie in [0, 1].
     """
 
     modality: str
@@ -56,7 +30,11 @@ class TokenTable:
     patch_sizes: tuple[int, ...]
     tokens: np.ndarray
     base_cells: np.ndarray
+    frames: np.ndarray
+    missing: np.ndarray
     valid_fraction: np.ndarray
+    cloud_fraction: np.ndarray
+    nodata_fraction: np.ndarray
 
     def summary(self) -> dict[str, Any]:
         """The table in numbers a program can use; fractions in [0, 1], None where nothing counts."""
@@ -72,7 +50,11 @@ class TokenTable:
             "uniform_base_tokens": uniform,
             "token_ratio": _share(total, uniform),
             "tokens_per_tile": _spread(per_tile),
-            "valid_fraction": float(self.valid_fraction.mean()) if self.tile_ids else None,
+            "frames": int(self.frames.sum()),
+            "missing_frames": int(self.missing.sum()),
+            "valid_fraction": _mean(self.valid_fraction),
+            "cloud_fraction": _mean(self.cloud_fraction),
+            "nodata_fraction": _mean(self.nodata_fraction),
             "patch_sizes": [
                 {
                     "size_px": size,
@@ -86,6 +68,9 @@ class TokenTable:
 
     def select(self, tiles: Sequence[int]) -> "TokenTable":
         """The same table for some of the tiles."""
+        chosen = np.asarray(tiles, np.int64)
+        first = np.cumsum(self.frames) - self.frames
+        entries = expand(first[chosen], self.frames[chosen])
         return TokenTable(
             self.modality,
             self.partition,
@@ -93,7 +78,12 @@ class TokenTable:
             self.patch_sizes,
             self.tokens[tiles],
             self.base_cells[tiles],
-            self.valid_fraction[tiles],
+            self.frames[tiles],
+            self.missing[tiles],
+            *(
+                part[entries]
+                for part in (self.valid_fraction, self.cloud_fraction, self.nodata_fraction)
+            ),
         )
 
 
@@ -101,12 +91,18 @@ def token_table(store: Store, modality: str, partition: str = DEFAULT_PARTITION)
     """Token counts of every committed tile, from the manifest or the partition's own table."""
     num_scales = store.layouts[modality].grid.num_scales
     column = store.manifest[modality].combine_chunks()
+    table = store.frame_table(modality)
     if partition == DEFAULT_PARTITION:
         tokens = column.field("tokens").flatten().to_numpy().reshape(-1, num_scales)
     else:
-        starts = column.field("frame_start").to_numpy()
-        frames = column.field("num_frames").to_numpy()
-        tokens = _per_tile(store.partition(partition, modality).tokens, starts, frames)
+        of_frames = store.partition(partition, modality).tokens[table.slots].astype(np.int64)
+        until = np.concatenate([np.zeros((1, num_scales), np.int64), np.cumsum(of_frames, axis=0)])
+        tokens = until[table.starts[1:]] - until[table.starts[:-1]]
+    steps = pc.list_value_length(column.field("frames")).to_numpy()
+    fractions = {
+        what: column.field(f"{what}_fraction").flatten().drop_null().to_numpy()
+        for what in ("valid", "cloud", "nodata")
+    }
     return TokenTable(
         modality=modality,
         partition=partition,
@@ -114,14 +110,14 @@ def token_table(store: Store, modality: str, partition: str = DEFAULT_PARTITION)
         patch_sizes=store.layouts[modality].grid.patch_sizes,
         tokens=tokens,
         base_cells=column.field("base_cells").to_numpy(),
-        valid_fraction=column.field("valid_fraction").to_numpy(),
+        frames=table.per_tile,
+        missing=steps - table.per_tile,
+        **{f"{what}_fraction": values for what, values in fractions.items()},
     )
 
 
-def _per_tile(tokens: np.ndarray, starts: np.ndarray, num_frames: np.ndarray) -> np.ndarray:
-    """int64 [tile, scale] from int32 [frame, scale] of all frame slots."""
-    until = np.concatenate([np.zeros((1, tokens.shape[1]), np.int64), np.cumsum(tokens, axis=0)])
-    return until[starts + num_frames] - until[starts]
+def _mean(values: np.ndarray) -> float | None:
+    return float(values.mean()) if values.size else None
 
 
 def _share(part: Any, whole: Any) -> float | None:

@@ -3,28 +3,29 @@
 Nothing is read before it is asked for, and nothing is trusted that COMMIT.json does not vouch for.
 """
 
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import tensorstore as ts
 
 from pipeline import segments
-from pipeline.commit import (
+from pipeline.errors import IntegrityError, StoreError
+from pipeline.rules import DEFAULT_QUANTILE, WAYS
+from pipeline.storage.commit import (
     LEDGER,
     MANIFEST,
-    Ledger,
     read_commit,
     read_committed,
 )
-from pipeline.errors import IntegrityError, StoreError
-from pipeline.grid import BaseGrid
-from pipeline.layout import StoreLayout, layout_from_header, read_header
-from pipeline.partitions import (
+from pipeline.storage.header import layout_from_header, read_header
+from pipeline.storage.layout import StoreLayout
+from pipeline.storage.ledger import Ledger
+from pipeline.storage.partitions import (
     DEFAULT_PARTITION,
     PartitionLedger,
     StoredPartition,
@@ -32,44 +33,9 @@ from pipeline.partitions import (
     is_partition_name,
     partition_path,
 )
-from pipeline.rules import DEFAULT_QUANTILE, WAYS
+from pipeline.storage.tiles import Frames, FrameTable, Tile, expand
 
 _READ_CACHE_BYTES = 32 * 2**20
-
-
-@dataclass(frozen=True)
-class Tile:
-    """One tile with everything decoded; frames are its timesteps.
-
-    `pixels` [frame, band, y, x] in the archive's own numbers, `valid` bool [frame, y, x],
-    `score_maps` float32 [frame, cell_y, cell_x] fine to coarse (NaN: no valid pixel), `scales` one
-    uint8 [leaf] per frame.
-    """
-
-    id: str
-    pixels: np.ndarray
-    valid: np.ndarray
-    score_maps: list[np.ndarray]
-    scales: list[np.ndarray]
-    grid: BaseGrid
-
-    def descriptors(self) -> np.ndarray:
-        """Structured array [leaf] of all frames, in storage order; see `pipeline.segments`."""
-        return np.concatenate(
-            [
-                segments.descriptors(scales, self.grid, [m[t] for m in self.score_maps], t)
-                for t, scales in enumerate(self.scales)
-            ]
-        )
-
-
-@dataclass(frozen=True)
-class Frames:
-    """Pixels, validity and partitions of some frames of one modality, in the order asked for."""
-
-    pixels: np.ndarray
-    valid: np.ndarray
-    scales: list[np.ndarray]
 
 
 def open_store(path: str | Path) -> "Store":
@@ -100,6 +66,7 @@ class Store:
         self.commit = commit
         self._arrays: dict[str, ts.TensorStore] = {}
         self._checked_shards: set[tuple[str, str, int]] = set()
+        self._frame_tables: dict[str, FrameTable] = {}
         self._row_tables: dict[tuple[str, str], tuple[np.ndarray, np.ndarray]] = {}
         self._partition_ledgers: dict[tuple[str, str], PartitionLedger] = {}
         self._context = ts.Context({"cache_pool": {"total_bytes_limit": _READ_CACHE_BYTES}})
@@ -121,6 +88,15 @@ class Store:
         """Names of the modalities."""
         return list(self.layouts)
 
+    def layout_of(self, modality: str | None = None) -> StoreLayout:
+        """The layout of a modality, of the first unless one is named; StoreError if there is none."""
+        name = modality if modality is not None else self.modalities[0]
+        if name not in self.layouts:
+            raise StoreError(
+                f"{self.path}: no modality {name!r}; there are {', '.join(self.modalities)}"
+            )
+        return self.layouts[name]
+
     @cached_property
     def manifest(self) -> pa.Table:
         """One row per committed tile."""
@@ -137,13 +113,29 @@ class Store:
             )
         return ids.index(tile_id)
 
-    def frame_range(self, index: int, modality: str) -> range:
-        """The frames of a tile (a row of the manifest) in a modality's arrays."""
-        place = self.manifest[modality][index].as_py()
-        return range(place["frame_start"], place["frame_start"] + place["num_frames"])
+    def frame_table(self, modality: str) -> FrameTable:
+        """Where the frames of every tile lie in a modality's arrays."""
+        if modality not in self._frame_tables:
+            column = self.manifest[modality].combine_chunks().field("frames")
+            entries, lengths = column.flatten(), pc.list_value_length(column).to_numpy()
+            there = entries.is_valid().to_numpy(zero_copy_only=False)
+            timesteps = expand(np.zeros(len(lengths), np.int64), lengths)
+            before = np.concatenate([[0], np.cumsum(there)])
+            ends = np.concatenate([[0], np.cumsum(lengths)])
+            self._frame_tables[modality] = FrameTable(
+                before[ends], entries.drop_null().to_numpy().astype(np.int64), timesteps[there]
+            )
+        return self._frame_tables[modality]
+
+    @property
+    def tokenized(self) -> list[str]:
+        """Names of the modalities that have tokens: all but label rasters."""
+        return [name for name, layout in self.layouts.items() if layout.tokenized]
 
     def partitions(self, modality: str) -> list[str]:
-        """Names of a modality's committed partitions."""
+        """Names of a modality's committed partitions; a label raster has none."""
+        if not self.layouts[modality].tokenized:
+            return []
         return [DEFAULT_PARTITION, *sorted(self._partition_entries(modality))]
 
     def partition(self, name: str, modality: str | None = None) -> StoredPartition:
@@ -151,10 +143,10 @@ class Store:
 
         Raises StoreError if there is none of that name.
         """
-        modality = modality or self.modalities[0]
+        modality = self.layout_of(modality).modality
         self.check_partition(modality, name)
         if name == DEFAULT_PARTITION:
-            rule = self._default_rule()
+            rule = self._default_rule(modality)
             thresholds = rule.get("thresholds")
         else:
             entry = self._partition_entries(modality)[name]
@@ -185,9 +177,13 @@ class Store:
                 )
         return entries
 
-    def _default_rule(self) -> dict[str, Any]:
+    def _default_rule(self, modality: str) -> dict[str, Any]:
         """What the configuration says of the rule, without what it leaves open."""
-        given = self.header["config"]["partition"]
+        layout, config = self.layouts[modality], self.header["config"]
+        if not layout.scored:
+            return {"uniform_px": layout.grid.base_patch_size}
+        own = config["modalities"].get(modality) or config["modality"] or {}
+        given = own.get("partition") or config["partition"]
         ways = {name: given.get(name) for name in WAYS}
         return {name: value for name, value in ways.items() if value is not None} or {
             "quantile": DEFAULT_QUANTILE
@@ -200,16 +196,35 @@ class Store:
 
         Raises StoreError if there is no such tile or partition.
         """
-        return self.tile_at(self.tile_index(tile_id), modality or self.modalities[0], partition)
+        return self.tile_at(self.tile_index(tile_id), self.layout_of(modality).modality, partition)
 
     def tile_at(self, index: int, modality: str, partition: str = DEFAULT_PARTITION) -> Tile:
         """The tile in a row of the manifest, with everything decoded."""
-        frames = np.array(self.frame_range(index, modality), np.int64)
-        read = self.read_frames(modality, frames, partition)
-        maps = self.read_score_maps(modality, frames)
-        tile_id = self.manifest["id"][index].as_py()
+        slots, timesteps = self.frame_table(modality).of(np.array([index]))
+        layout = self.layouts[modality]
+        if layout.tokenized:
+            read = self.read_frames(modality, slots, partition)
+        else:
+            self.check_shards(slots // layout.shard_capacity)
+            read = Frames(
+                self._read(f"{modality}/pixels", slots), self._read(f"{modality}/valid", slots), []
+            )
         return Tile(
-            tile_id, read.pixels, read.valid, maps, read.scales, self.layouts[modality].grid
+            id=self.manifest["id"][index].as_py(),
+            pixels=read.pixels,
+            valid=read.valid,
+            score_maps=self.read_score_maps(modality, slots) if layout.scored else [],
+            scales=read.scales,
+            grid=layout.grid,
+            timesteps=timesteps,
+            datetimes=self.manifest["datetimes"][index].as_py(),
+            further={
+                band_set.name: (
+                    self._read(f"{modality}/pixels{band_set.suffix}", slots),
+                    self._read(f"{modality}/valid{band_set.suffix}", slots),
+                )
+                for band_set in layout.band_sets[1:]
+            },
         )
 
     def read_score_maps(self, modality: str, frames: np.ndarray) -> list[np.ndarray]:

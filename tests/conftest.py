@@ -8,7 +8,6 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from support import aptile, save_scene
-from workflows.demo import write_archive
 
 ROOT = Path(__file__).parent.parent
 
@@ -41,6 +40,8 @@ def satclip(real_data: Path) -> Path:
 @pytest.fixture(scope="session")
 def chip_archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The real Sentinel-2 chip of the demo: one scene of 300 x 300 px and 4 bands, no georeference."""
+    from workflows.demo import write_archive  # needs the extra demo
+
     folder = tmp_path_factory.mktemp("chip") / "archive"
     write_archive(folder)
     return folder

@@ -11,10 +11,11 @@ import pytest
 from pydantic import BaseModel
 
 from model.training import TrainConfig
-from pipeline.config import PreprocessConfig, load_config
 from pipeline.grid import BaseGrid
-from pipeline.layout import StoreLayout
 from pipeline.scorers.config import SCORER_CONFIGS
+from pipeline.settings.config import PreprocessConfig
+from pipeline.settings.loading import load_config
+from pipeline.storage.layout import BandSet, StoreLayout
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -68,7 +69,8 @@ def test_links_between_documents_lead_somewhere():
 
 
 def test_the_format_page_lists_every_array():
-    layout = StoreLayout("m", ("a",), "uint16", BaseGrid(8, 8, 4, 3), 1, 1, "lz4")
+    sets = (BandSet("", ("a",), "uint16", 32), BandSet("20m", ("b",), "uint16", 16))
+    layout = StoreLayout("m", sets, BaseGrid(8, 8, 4, 3), 1, 1, "lz4")
     table = re.findall(
         r"^\| `([^`]+)` \| ([^|]+) \| ([^|]+) \| ([^|]+) \|",
         (ROOT / "docs" / "format.md").read_text(),
@@ -77,8 +79,9 @@ def test_the_format_page_lists_every_array():
     listed = {}
     for name, dims, dtype, fill in table:
         for size in layout.grid.patch_sizes if "<px>" in name else ("",):
-            listed[name.replace("<px>", str(size))] = (
-                tuple(dims.replace("<px>", str(size)).strip().split(", ")),
+            named = {"<px>": str(size), "<set>": "20m"}
+            listed[_filled(name, named)] = (
+                tuple(_filled(dims, named).strip().split(", ")),
                 dtype.strip().replace("the archive's", "uint16"),
                 fill.strip().lower(),
             )
@@ -89,13 +92,32 @@ def test_the_format_page_lists_every_array():
     assert listed == written
 
 
+def _filled(text: str, named: dict[str, str]) -> str:
+    for mark, value in named.items():
+        text = text.replace(mark, value)
+    return text
+
+
+def section(annotation: object) -> type[BaseModel] | None:
+    """The model of a field that is a section, given or not."""
+    for part in (annotation, *getattr(annotation, "__args__", ())):
+        if isinstance(part, type) and issubclass(part, BaseModel):
+            return part
+    return None
+
+
 def settings(model: type[BaseModel], prefix: str = ""):
     """(key, default, description) of every setting, depth first."""
     for name, field in model.model_fields.items():
-        if name in {"scoring", "scorer"}:
+        if name in {"scoring", "scorer"} and not prefix:
             continue
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from settings(field.annotation, f"{prefix}{name}.")
+        below = section(field.annotation)
+        # A modality's own scorer and partition have the keys of the shared ones.
+        own = name in {"scoring", "partition"} and prefix
+        if name == "scorer" and prefix == "scoring.":
+            continue
+        if below is not None and name != "modalities" and not own:
+            yield from settings(below, f"{prefix}{name}.")
         else:
             default = "required" if field.is_required() else str(field.default)
             yield f"{prefix}{name}", default, field.description

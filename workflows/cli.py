@@ -5,7 +5,7 @@ from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
 
-from cyclopts import App, CycloptsError
+from cyclopts import App, CycloptsError, UnusedCliTokensError
 
 from pipeline.errors import EXIT_INTERRUPTED, EXIT_USAGE, AptileError
 
@@ -15,7 +15,10 @@ _EXTRA_OF = {
     "safetensors": "train",
     "matplotlib": "viz",
     "spyndex": "demo",
-    "xarray": "demo",
+    "xarray": "xarray",
+    "h5netcdf": "xarray",
+    "h5py": "xarray",
+    "pystac_client": "stac",
 }
 
 app = App(
@@ -48,6 +51,12 @@ def run(command: Callable[[], Any]) -> int:
         return int(command() or 0)
     except AptileError as error:
         return _complain(str(error), error.exit_code)
+    except UnusedCliTokensError as error:
+        return _complain(
+            f"{(error.unused_tokens or [''])[0]!r} is one argument too many; put globs in quotes, as "
+            "'scenes/*.tif', and see `aptile --help`",
+            EXIT_USAGE,
+        )
     except CycloptsError as error:
         message = " ".join(str(error).split())
         return _complain(f"{message} See `aptile --help`.", EXIT_USAGE)
@@ -75,7 +84,9 @@ def _missing_package(error: BaseException | None) -> str:
 
 
 def _complain(message: str, code: int) -> int:
-    print(f"aptile: {message}", file=sys.stderr)  # noqa: T201 (the one place errors are shown)
+    # Names that users give may hold line breaks; a complaint is one line.
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
+    print(f"aptile: {line}", file=sys.stderr)  # noqa: T201 (the one place errors are shown)
     return code
 
 

@@ -9,8 +9,9 @@ import spyndex
 from rasterio.errors import NotGeoreferencedWarning
 
 from model.training import TrainConfig
-from pipeline.config import PreprocessConfig, load_config
 from pipeline.errors import EXIT_OK
+from pipeline.settings.config import PreprocessConfig
+from pipeline.settings.loading import load_config
 from pipeline.store import open_store
 from workflows.inspect import draw, show_summary, summaries
 from workflows.preprocess import preprocess_archive

@@ -6,11 +6,11 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from pipeline.calibrate import store_curve
-from pipeline.config import plain
 from pipeline.errors import EXIT_OK, ConfigError
-from pipeline.partitions import DEFAULT_PARTITION
 from pipeline.rules import rule_in_words
+from pipeline.settings.canonical import plain
 from pipeline.stats import TOKEN_PERCENTILES, token_table
+from pipeline.storage.partitions import DEFAULT_PARTITION
 from pipeline.store import Store, open_store
 from workflows.terminal import console, note, plain_table, print_json
 
@@ -22,6 +22,8 @@ def inspect(
     store: Path,
     tile: str | None = None,
     *,
+    modality: str | None = None,
+    timestep: int | None = None,
     partition: str = DEFAULT_PARTITION,
     curve: Annotated[bool, Parameter(negative="")] = False,
     png: Path | None = None,
@@ -35,6 +37,10 @@ def inspect(
         A store made by `aptile preprocess`.
     tile
         Id of one tile, as listed with --json; its counts instead of the whole store's.
+    modality
+        One modality only, and the one that is drawn; all of them, and the first, when not given.
+    timestep
+        Which of the tile's dates is drawn, counted from 0; the first that is there when not given.
     partition
         Which of the store's partitions; `aptile repartition` makes others than the default one.
     curve
@@ -57,23 +63,31 @@ def inspect(
         raise ConfigError(
             f"--png needs a tile to draw; for example: aptile inspect {store} {first}"
         )
-    for content in summaries(opened, tile, partition):
+    if timestep is not None and png is None:
+        raise ConfigError("--timestep has no effect without --png")
+    for content in summaries(opened, tile, partition, modality):
         if json:
             print_json(content)
         else:
             show_summary(content)
     if png is not None and tile is not None:
-        draw(opened, tile, png, partition)
+        draw(opened, tile, png, partition, modality, timestep)
     return EXIT_OK
 
 
 def summaries(
-    store: Store, tile: str | None = None, partition: str = DEFAULT_PARTITION
+    store: Store,
+    tile: str | None = None,
+    partition: str = DEFAULT_PARTITION,
+    modality: str | None = None,
 ) -> list[dict[str, Any]]:
-    """The token table of every modality, of the whole store or of one tile."""
-    for modality in store.modalities:
-        store.check_partition(modality, partition)
-    tables = [token_table(store, modality, partition) for modality in store.modalities]
+    """The token table of every modality that has tokens and the partition, or of one; of the whole store
+    or of one tile."""
+    shown = [store.layout_of(modality).modality] if modality is not None else store.tokenized
+    having = [name for name in shown if partition in store.partitions(name)]
+    if not having and store.layouts[shown[0]].tokenized:
+        store.check_partition(shown[0], partition)
+    tables = [token_table(store, name, partition) for name in having]
     if tile is not None:
         index = store.tile_index(tile)
         tables = [table.select([index]) for table in tables]
@@ -96,7 +110,9 @@ def summaries(
 
 def show_curves(store: Store, png: Path | None, as_json: bool) -> None:
     """Mean tokens per tile against thresholds, of every modality; the first one's is drawn."""
-    contents = [curve_summary(store, modality) for modality in store.modalities]
+    contents = [
+        curve_summary(store, name) for name, layout in store.layouts.items() if layout.scored
+    ]
     for content in contents:
         if as_json:
             print_json(plain(content))
@@ -144,13 +160,28 @@ def _show_curve(content: dict[str, Any]) -> None:
     out.print(table)
 
 
-def draw(store: Store, tile: str, png: Path, partition: str = DEFAULT_PARTITION) -> None:
-    """The overlay picture of a tile's first modality."""
+def draw(
+    store: Store,
+    tile: str,
+    png: Path,
+    partition: str = DEFAULT_PARTITION,
+    modality: str | None = None,
+    timestep: int | None = None,
+) -> None:
+    """The overlay picture of one date of a tile, of the first modality unless one is named."""
     from pipeline.overlay import draw_tile  # matplotlib is an extra
 
-    modality = store.modalities[0]
+    layout = store.layout_of(modality)
+    shown = store.tile(tile, layout.modality, partition)
+    present = shown.timesteps.tolist()
+    if timestep is None and present:
+        timestep = present[0]
+    if timestep not in present:
+        raise ConfigError(
+            f"--png: {tile} has no frame of {layout.modality} at timestep {timestep}; it has {present}"
+        )
     try:
-        draw_tile(store.tile(tile, modality, partition), store.layouts[modality].bands, png)
+        draw_tile(shown, layout.bands, png, present.index(timestep))
     except (OSError, ValueError) as error:
         raise ConfigError(f"--png {png}: cannot write the picture: {error}") from None
     note(f"drew {png}")
@@ -171,7 +202,12 @@ def show_summary(content: dict[str, Any]) -> None:
     if spread:
         marks = "  ".join(f"p{p} {spread[f'p{p}']:.0f}" for p in TOKEN_PERCENTILES)
         out.print(f"tokens per tile  min {spread['min']:.0f}  {marks}  max {spread['max']:.0f}")
-    out.print(f"valid pixels     {_percent(valid)}")
+    missing = f", {content['missing_frames']} missing" if content["missing_frames"] else ""
+    out.print(f"frames           {content['frames']}{missing}")
+    cloud, nodata = content["cloud_fraction"], content["nodata_fraction"]
+    out.print(
+        f"valid pixels     {_percent(valid)} (cloud {_percent(cloud)}, no data {_percent(nodata)})"
+    )
     if content["quarantined"]:
         out.print(f"quarantined      {len(content['quarantined'])} scenes, see --json")
     out.print()

@@ -5,9 +5,12 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from pipeline.config import PreprocessConfig, load_config
 from pipeline.errors import EXIT_OK, EXIT_QUARANTINED
-from pipeline.job import Job, JobReport, plan_job, run_job
+from pipeline.jobs.job import JobReport, run_job
+from pipeline.planning.explain import explain, in_words
+from pipeline.planning.inputs import Job, plan_job
+from pipeline.settings.config import PreprocessConfig
+from pipeline.settings.loading import load_config
 from workflows.terminal import ShardProgress, note, print_json, progress_bar
 
 
@@ -30,13 +33,14 @@ def preprocess(
     Parameters
     ----------
     source
-        Folder of GeoTIFF/COG scenes of one modality, or a quoted glob.
+        Folder of scenes, a quoted glob, a Zarr or netCDF dataset, a STAC catalogue or a URL.
     store
         Path of the store to make or complete.
     config
         YAML file with any of the settings.
     preset
-        Sensor preset to start from: s2_l2a.
+        Sensor preset to start from, or a YAML file of one: s2_l2a, s2_l1c, s1_rtc, landsat_c2_l2, naip,
+        dem, rgb.
     set_
         One setting as key=value, for example partition.num_scales=2. May be repeated.
     workers
@@ -67,14 +71,26 @@ def preprocess_archive(source: str, store: Path, settings: PreprocessConfig) -> 
     """Run the job with a progress bar, and say what came of it."""
     with progress_bar("tiles") as bar:
         report = run_job(source, store, settings, ShardProgress(bar, "preprocess"))
-    for scene, reason in report.quarantined.items():
-        note(f"quarantined {scene}: {reason}")
+    for word, reasons in (
+        ("quarantined", report.quarantined),
+        ("skipped", report.skipped),
+        ("doubtful", report.findings),
+    ):
+        for scene, reason in reasons.items():
+            note(f"{word} {scene}: {reason}")
+    left_out = report.tiles_left_out, report.frames_left_out
     note(
-        f"{store}: {report.inputs} inputs = {report.done} done + {len(report.quarantined)} quarantined; "
-        f"{report.tiles} tiles in {report.shards} shards"
+        f"{store}: {report.inputs} inputs = {report.done} done + {len(report.quarantined)} quarantined"
+        f" + {len(report.skipped)} skipped; {report.tiles} tiles in {report.shards} shards"
+        + (f"; {left_out[0]} tiles and {left_out[1]} frames left out" if any(left_out) else "")
+        + (f"; splits {_counts(report.splits)}" if report.splits else "")
         + ("; complete already, nothing to do" if report.shards_written == 0 else "")
     )
     return report
+
+
+def _counts(numbers: dict[str, int]) -> str:
+    return ", ".join(f"{name} {number}" for name, number in numbers.items())
 
 
 def _as_json(report: JobReport) -> dict[str, object]:
@@ -83,28 +99,21 @@ def _as_json(report: JobReport) -> dict[str, object]:
         "inputs": report.inputs,
         "done": report.done,
         "quarantined": report.quarantined,
+        "skipped": report.skipped,
+        "findings": report.findings,
         "tiles": report.tiles,
+        "tiles_left_out": report.tiles_left_out,
+        "frames_left_out": report.frames_left_out,
+        "splits": report.splits,
         "shards": report.shards,
         "shards_written": report.shards_written,
     }
 
 
 def _show_plan(job: Job, as_json: bool) -> None:
-    plan = job.plan
-    content = {
-        "inputs": len(job.source.files),
-        "scenes": len(plan.scenes),
-        "refused": job.refused,
-        "bands": list(plan.bands),
-        "scored_bands": [plan.bands[band] for band in plan.scored_bands],
-        "dtype": plan.dtype,
-        "tiles": len(plan.tiles),
-        "shards": plan.num_shards,
-        "tiles_per_shard": plan.shard_capacity,
-        "config_digest": plan.config.digest(),
-    }
+    content = explain(job)
     if as_json:
         print_json(content)
         return
-    for name, value in content.items():
-        note(f"{name}: {value}")
+    for line in in_words(content):
+        note(line)

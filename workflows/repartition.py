@@ -5,11 +5,13 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from pipeline.config import RunConfig, plain, validated
 from pipeline.errors import EXIT_OK, ConfigError
-from pipeline.repartition import RepartitionReport
-from pipeline.repartition import repartition as run_repartition
+from pipeline.jobs.repartition import RepartitionReport
+from pipeline.jobs.repartition import repartition as run_repartition
 from pipeline.rules import FurtherRule, rule_in_words
+from pipeline.settings.canonical import plain
+from pipeline.settings.config import RunConfig
+from pipeline.settings.loading import validated
 from workflows.terminal import ShardProgress, note, print_json, progress_bar
 
 
@@ -17,6 +19,7 @@ def repartition(
     store: Path,
     *,
     name: str,
+    modality: str | None = None,
     thresholds: Annotated[str | None, Parameter(allow_leading_hyphen=True)] = None,
     tokens_per_tile: int | None = None,
     quantile: float | None = None,
@@ -38,6 +41,8 @@ def repartition(
         A store made by `aptile preprocess`.
     name
         Name of the new partition, for example tokens-64.
+    modality
+        The modality whose tiles are cut; the first one when not given.
     thresholds
         Scores from which on a patch is split: comma-separated, fine to coarse; inf and -inf allowed.
     tokens_per_tile
@@ -68,7 +73,9 @@ def repartition(
     rule = validated(FurtherRule, given, "repartition")
     run = validated(RunConfig, {"workers": workers, "scheduler": scheduler}, "repartition")
     with progress_bar("tiles") as bar:
-        report = run_repartition(store, name, rule, run, ShardProgress(bar, "repartition"))
+        report = run_repartition(
+            store, name, rule, run, ShardProgress(bar, "repartition"), modality
+        )
     note(
         f"{store}: partition {name} by {rule_in_words(report.rule)}; {report.mean_tokens:.6g} tokens per "
         f"tile on average, {report.tiles} tiles in {report.shards} shards"

@@ -7,8 +7,8 @@ from cyclopts import Parameter
 
 from model.training import LOSS_FILE, TrainConfig, TrainReport, attention_name
 from model.training import train as run_training
-from pipeline.config import load_config
 from pipeline.errors import EXIT_OK
+from pipeline.settings.loading import load_config
 from workflows.terminal import note, print_json, progress_bar
 
 

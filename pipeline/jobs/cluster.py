@@ -16,8 +16,8 @@ from typing import Any, Protocol, TypeVar
 from distributed import Client, LocalCluster, as_completed
 from distributed.scheduler import KilledWorker
 
-from pipeline.config import RunConfig
 from pipeline.errors import StoreError
+from pipeline.settings.config import RunConfig
 
 # Shards under way per worker: one at work, one waiting.
 _IN_FLIGHT_PER_WORKER = 2

@@ -1,123 +1,172 @@
 """The manifest: a GeoParquet table with one row per committed tile."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from datetime import datetime
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import shapely
 
-from pipeline.archive import lonlat_corners, native_corners
-from pipeline.layout import StoreLayout
-from pipeline.plan import Plan
+from pipeline.georef import ground_sample_distance
+from pipeline.planning.plan import FRAME, ModalityPlan, Plan
+from pipeline.planning.tilefacts import TileFacts
 
+MISSING_SCENE = "no scene"
+MISSING_QUARANTINED = "quarantined"
+MISSING_LEFT_OUT = "too few valid pixels"
 _GEO_METADATA = {
     "version": "1.1.0",
     "primary_column": "geometry",
-    "columns": {"geometry": {"encoding": "WKB", "geometry_types": ["Polygon"]}},
+    "columns": {"geometry": {"encoding": "WKB", "geometry_types": ["Polygon", "MultiPolygon"]}},
 }
 
 
 @dataclass(frozen=True)
-class FrameCounts:
-    """Per frame slot: valid pixels, base cells with a valid pixel, tokens [frame, scale] (all int32)."""
+class ModalityOutcome:
+    """What became of the frames of one modality.
 
-    num_valid: np.ndarray
-    num_cells: np.ndarray
-    tokens: np.ndarray
+    `lost` bool [scene] are quarantined scenes and `left_out` int64 slots of frames with too few valid
+    pixels. `counts` holds per frame slot `num_valid`, `num_cloud`, `num_nodata` (int32) and, for modalities
+    with tokens, `num_cells` and `tokens` [frame, scale]. `thresholds` are by scene, in the plan's order,
+    None where nothing was cut.
+    """
+
+    lost: np.ndarray
+    left_out: np.ndarray
+    counts: dict[str, np.ndarray]
+    thresholds: Sequence[list[float] | None]
 
 
 def encode_manifest(
-    plan: Plan,
-    layout: StoreLayout,
-    committed: np.ndarray,
-    counts: FrameCounts,
-    thresholds: dict[str, list[float]],
+    plan: Plan, outcomes: dict[str, ModalityOutcome], kept: np.ndarray, facts: TileFacts
 ) -> bytes:
-    """The manifest's bytes.
-
-    `committed` int64 [row] are the tiles (indices into `plan.tiles`) that readers get;
-    `thresholds` are given by scene id.
-    """
-    tiles = plan.tiles[committed]
-    frames = committed.astype(np.int64)  # a tile has one frame, and slots follow the plan's order
-    scenes = [plan.scenes[index] for index in tiles["scene"]]
-    geometry, bounds = _footprints(plan, tiles)
-    table = pa.table(
-        {
-            "id": [plan.tile_id(tile) for tile in tiles],
-            "scene_ids": pa.array([[scene.id] for scene in scenes], pa.list_(pa.string())),
-            "row": pa.array(tiles["row"], pa.int32()),
-            "col": pa.array(tiles["col"], pa.int32()),
-            "geometry": pa.array(geometry, pa.binary()),
-            "crs": pa.array([scene.crs for scene in scenes], pa.string()),
-            "bounds": pa.array(bounds, pa.list_(pa.float64(), 4)),
-            layout.modality: pa.array(
-                [
-                    {
-                        "frame_start": frame,
-                        "num_frames": 1,
-                        "base_cells": counts.num_cells[frame],
-                        "tokens": counts.tokens[frame],
-                        "thresholds": thresholds[scene.id],
-                        "valid_fraction": counts.num_valid[frame] / layout.grid.shape_px[0] ** 2,
-                        "ground_sample_distance_m": scene.ground_sample_distance_m,
-                    }
-                    for frame, scene in zip(frames.tolist(), scenes, strict=True)
-                ],
-                _modality_type(layout.grid.num_scales),
-            ),
-        }
-    )
+    """The manifest's bytes; `kept` int64 are the committed tiles, `facts` columns of those."""
+    at = plan.tiles[kept]
+    stacks = at["stack"].tolist()
+    shapes = np.array([stack.shape_tiles(plan.config.store.tile_size_px) for stack in plan.stacks])
+    times = [_timestamps(stack.datetimes) for stack in plan.stacks]
+    columns = {
+        "id": [plan.tile_id(tile) for tile in kept.tolist()],
+        "place": [plan.stacks[index].name for index in stacks],
+        "row": pa.array(at["row"], pa.int32()),
+        "col": pa.array(at["col"], pa.int32()),
+        "place_rows": pa.array(shapes[at["stack"], 0], pa.int32()),
+        "place_cols": pa.array(shapes[at["stack"], 1], pa.int32()),
+        "datetimes": pa.array([times[i] for i in stacks], pa.list_(pa.timestamp("s", "UTC"))),
+        "geometry": pa.array(facts.geometry, pa.binary()),
+        "crs": pa.array([plan.stacks[index].grid.crs for index in stacks], pa.string()),
+        "bounds": pa.array(facts.bounds, pa.list_(pa.float64(), 4)),
+        "label": pa.array(facts.labels, pa.string()),
+        "split": pa.array(facts.splits, pa.string()),
+    }
+    for name, modality in plan.modalities.items():
+        columns[name] = _modality_column(plan, modality, outcomes[name], kept)
+    table = pa.table(columns)
     table = table.replace_schema_metadata({"geo": json.dumps(_GEO_METADATA, sort_keys=True)})
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd")
     return sink.getvalue().to_pybytes()
 
 
-def _modality_type(num_scales: int) -> pa.DataType:
-    return pa.struct(
-        [
-            pa.field("frame_start", pa.int64(), nullable=False),
-            pa.field("num_frames", pa.int32(), nullable=False),
-            pa.field("base_cells", pa.int64(), nullable=False),
-            pa.field("tokens", pa.list_(pa.int64(), num_scales), nullable=False),
-            pa.field("thresholds", pa.list_(pa.float32()), nullable=False),
-            pa.field("valid_fraction", pa.float64(), nullable=False),
-            pa.field("ground_sample_distance_m", pa.float64()),
-        ]
-    )
+def present_frames(
+    plan: Plan, name: str, outcome: ModalityOutcome
+) -> tuple[np.ndarray, np.ndarray]:
+    """FRAME rows of all planned frames of a modality, in tile order, and bool which are in the store."""
+    parts = [plan.frames(name, plan.tile_range(shard)) for shard in range(plan.num_shards)]
+    frames = np.concatenate([np.empty(0, FRAME), *parts])
+    return frames, ~outcome.lost[frames["scene"]] & ~np.isin(frames["slot"], outcome.left_out)
 
 
-def _footprints(
-    plan: Plan, tiles: np.ndarray
-) -> tuple[list[bytes | None], list[list[float] | None]]:
-    """WKB polygon in longitude and latitude, and (xmin, ymin, xmax, ymax) in the CRS, per tile.
+def _modality_column(
+    plan: Plan, modality: ModalityPlan, outcome: ModalityOutcome, kept: np.ndarray
+) -> pa.StructArray:
+    """One struct per tile. Its lists have one entry per timestep (one in all for static modalities)."""
+    steps = np.array([len(stack.scenes[modality.name]) for stack in plan.stacks], np.int64)
+    per_tile = steps[plan.tiles["stack"][kept]]
+    starts = np.concatenate([[0], np.cumsum(per_tile)])
+    frames, present = present_frames(plan, modality.name, outcome)
+    position = np.full(len(plan.tiles), -1, np.int64)
+    position[kept] = np.arange(len(kept))
+    own = position[frames["tile"]] >= 0
+    frames, present = frames[own], present[own]
+    entry = starts[position[frames["tile"]]] + frames["timestep"]
+    lists = _Lists(starts, entry, present)
 
-    Both cover the part of the tile inside its scene; None where the scene has no CRS.
-    """
-    tile_px = plan.config.store.tile_size_px
-    geometry: list[Any] = [None] * len(tiles)
-    bounds: list[Any] = [None] * len(tiles)
-    for index in np.unique(tiles["scene"]).tolist():
-        scene = plan.scenes[index]
-        if scene.crs is None:
-            continue
-        rows = np.flatnonzero(tiles["scene"] == index)
-        top, left = tiles["row"][rows] * tile_px, tiles["col"][rows] * tile_px
-        bottom = np.minimum(top + tile_px, scene.height)
-        right = np.minimum(left + tile_px, scene.width)
-        ring = np.stack([left, top, right, top, right, bottom, left, bottom], axis=1)
-        corners = ring.reshape(-1, 2).astype(np.float64)
-        native = native_corners(scene, corners).reshape(-1, 4, 2)
-        lonlat = lonlat_corners(scene, corners)
-        assert lonlat is not None
-        # GeoParquet wants the outer ring counter-clockwise.
-        polygons = shapely.orient_polygons(shapely.polygons(lonlat.reshape(-1, 4, 2)))
-        for row, wkb, low, high in zip(
-            rows.tolist(), shapely.to_wkb(polygons), native.min(1), native.max(1), strict=True
-        ):
-            geometry[row], bounds[row] = wkb, [*low.tolist(), *high.tolist()]
-    return geometry, bounds
+    missing = np.full(starts[-1], MISSING_SCENE, object)
+    missing[entry] = np.where(outcome.lost[frames["scene"]], MISSING_QUARANTINED, MISSING_LEFT_OUT)
+    missing[entry[present]] = None
+    slots = frames["slot"]
+    scene_ids = np.array([scene.id for scene in modality.scenes], object)
+    pixels = modality.layout.band_sets[0].tile_size_px ** 2
+    fields = {
+        "frames": lists.numbers(slots, pa.int64()),
+        "missing": pa.ListArray.from_arrays(
+            pa.array(starts, pa.int32()), pa.array(missing, pa.string())
+        ),
+        "scene_ids": lists.objects(scene_ids[frames["scene"]], pa.string()),
+        **{
+            f"{what}_fraction": lists.numbers(
+                outcome.counts[f"num_{what}"][slots] / pixels, pa.float64()
+            )
+            for what in ("valid", "cloud", "nodata")
+        },
+        "ground_sample_distance_m": _distances(plan, modality, kept),
+    }
+    if modality.layout.tokenized:
+        cells, tokens = outcome.counts["num_cells"][slots], outcome.counts["tokens"][slots]
+        fields["base_cells"] = pa.array(lists.sums(cells).astype(np.int64))
+        fields["tokens"] = pa.FixedSizeListArray.from_arrays(
+            pa.array(lists.sums(tokens).astype(np.int64).ravel()), modality.layout.grid.num_scales
+        )
+        cut = np.empty(len(frames), object)
+        cut[:] = [outcome.thresholds[scene] for scene in frames["scene"].tolist()]
+        fields["thresholds"] = lists.objects(cut, pa.list_(pa.float32()))
+    return pa.StructArray.from_arrays(list(fields.values()), list(fields))
+
+
+class _Lists:
+    """Builds list columns with one entry per timestep, null where a frame is missing."""
+
+    def __init__(self, starts: np.ndarray, entry: np.ndarray, present: np.ndarray) -> None:
+        self.starts, self.entry, self.present = starts, entry[present], present
+
+    def numbers(self, values: np.ndarray, kind: pa.DataType) -> pa.ListArray:
+        """From one number per planned frame."""
+        flat = np.zeros(self.starts[-1], values.dtype)
+        absent = np.ones(len(flat), np.bool_)
+        flat[self.entry], absent[self.entry] = values[self.present], False
+        return pa.ListArray.from_arrays(
+            pa.array(self.starts, pa.int32()), pa.array(flat, kind, mask=absent)
+        )
+
+    def objects(self, values: np.ndarray, kind: pa.DataType) -> pa.ListArray:
+        """From one object per planned frame."""
+        flat = np.full(self.starts[-1], None, object)
+        flat[self.entry] = values[self.present]
+        return pa.ListArray.from_arrays(
+            pa.array(self.starts, pa.int32()), pa.array(flat.tolist(), kind)
+        )
+
+    def sums(self, values: np.ndarray) -> np.ndarray:
+        """[tile, ...]: sums over each tile's present frames of values [planned frame, ...]."""
+        flat = np.zeros((self.starts[-1] + 1, *values.shape[1:]), np.int64)
+        flat[self.entry + 1] = values[self.present]
+        until = np.cumsum(flat, axis=0)
+        return until[self.starts[1:]] - until[self.starts[:-1]]
+
+
+def _distances(plan: Plan, modality: ModalityPlan, kept: np.ndarray) -> pa.Array:
+    """Metres per pixel of the first band set, per tile; null where nothing says."""
+    configured = modality.settings.config.ground_sample_distance_m
+    ratio = plan.config.store.tile_size_px / modality.layout.band_sets[0].tile_size_px
+    by_stack = []
+    for stack in plan.stacks:
+        leading = ground_sample_distance(stack.grid)
+        by_stack.append(configured or (None if leading is None else leading * ratio))
+    return pa.array([by_stack[index] for index in plan.tiles["stack"][kept].tolist()], pa.float64())
+
+
+def _timestamps(datetimes: Sequence[str | None]) -> list[datetime | None]:
+    return [None if when is None else datetime.fromisoformat(when) for when in datetimes]

@@ -1,128 +1,256 @@
-"""Reading whole tiles of a scene: pixels, validity, and the planes that are scored."""
+"""Reading whole tiles of a scene: pixels and validity of every band set, and the planes that are scored."""
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from pathlib import Path
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from fractions import Fraction
 
 import numpy as np
-from rasterio.io import DatasetReader
-from rasterio.windows import Window
 
-from pipeline.archive import SUFFIXES, Scene, fingerprint, open_raster, read_header, read_window
-from pipeline.config import DataConfig
 from pipeline.errors import SceneError
+from pipeline.planning.gridding import ratio_between
+from pipeline.planning.harmonize import apply_shift
+from pipeline.readers.assets import open_asset
+from pipeline.readers.base import AssetReader
+from pipeline.readers.borders import BorderMask, find_border
+from pipeline.readers.external import open_scores
+from pipeline.readers.validity import mask_flags, onto_coarser, onto_finer, valid_pixels
 from pipeline.rules import sampled_tiles
-from pipeline.scorers.config import ExternalConfig, ScorerConfig
+from pipeline.scenes import Access, Asset, Grid, Scene, Window, asset_of
+from pipeline.scorers.config import ExternalConfig
+from pipeline.settings.config import ModalitySettings
+from pipeline.settings.modality import MaskConfig
+from pipeline.storage.layout import BandSet, StoreLayout
 
 Span = tuple[int, int]
+# Rows read at once while a scene's zero border is looked for.
+_BORDER_ROWS = 512
+_BORDERS_KEPT = 4
+
+
+@dataclass(frozen=True)
+class SetPixels:
+    """One band set of some tiles: `pixels` [band, y, x] as they are stored, `valid` bool [y, x]."""
+
+    pixels: np.ndarray
+    valid: np.ndarray
+
+    def cut(self, y: int, x: int, size_px: int) -> "SetPixels":
+        """A square part, from its top left."""
+        part = np.s_[..., y : y + size_px, x : x + size_px]
+        return SetPixels(self.pixels[part], self.valid[part])
 
 
 @dataclass(frozen=True)
 class TilePixels:
-    """`pixels` [band, y, x] in the archive's own numbers, `valid` bool [y, x], and the planes that are
-    scored, `scored` [plane, y, x]: bands of the scene, or scores from outside."""
+    """`sets` in the layout's order; `scored` [plane, y, x], bands of the first set or scores from outside;
+    `cloud` and `nodata` bool [y, x] on the first set: pixels a mask calls cloud, and pixels without data
+    (nodata, NaN, outside the scene, its zero border). Both exclude each other."""
 
-    pixels: np.ndarray
-    valid: np.ndarray
+    sets: tuple[SetPixels, ...]
     scored: np.ndarray
+    cloud: np.ndarray
+    nodata: np.ndarray
 
-    def cut(self, y: int, x: int, size_px: int) -> "TilePixels":
-        """A square part, from its top left."""
-        part = np.s_[..., y : y + size_px, x : x + size_px]
-        return TilePixels(self.pixels[part], self.valid[part], self.scored[part])
+    @property
+    def valid(self) -> np.ndarray:
+        """Validity of the first set."""
+        return self.sets[0].valid
+
+    def cut(self, row: int, col: int, layout: StoreLayout) -> "TilePixels":
+        """One tile, counted from the top left of those read."""
+        size = layout.band_sets[0].tile_size_px
+        part = np.s_[..., row * size : (row + 1) * size, col * size : (col + 1) * size]
+        sets = tuple(
+            pixels.cut(row * s.tile_size_px, col * s.tile_size_px, s.tile_size_px)
+            for pixels, s in zip(self.sets, layout.band_sets, strict=True)
+        )
+        return TilePixels(sets, self.scored[part], self.cloud[part], self.nodata[part])
+
+
+@dataclass(frozen=True)
+class SceneSource:
+    """What it takes to read a scene: what it is, how it is stored, and what may be opened."""
+
+    settings: ModalitySettings
+    layout: StoreLayout
+    scored_bands: tuple[int, ...]
+    access: Access
 
 
 @contextmanager
-def scene_reader(
-    scene: Scene, config: DataConfig, scored_bands: tuple[int, ...]
-) -> Iterator[Callable[[Span, Span], TilePixels]]:
+def scene_reader(scene: Scene, source: SceneSource) -> Iterator[Callable[[Span, Span], TilePixels]]:
     """A function from tile rows and columns (half-open) to the pixels of those whole tiles.
 
     What lies beyond the scene is zero and invalid. Every failure inside becomes a SceneError.
     """
-    scores = (
-        open_raster(str(score_file(scene, config.scoring)))
-        if isinstance(config.scoring, ExternalConfig)
-        else nullcontext()
-    )
-    with open_raster(scene.path) as raster, scores as score_raster:
+    with ExitStack() as stack:
+        sets = [_SetReader(scene, band_set, source, stack) for band_set in source.layout.band_sets]
+        mask = _MaskReader(scene, source, stack) if scene.mask is not None else None
+        scoring = source.settings.scoring
+        scores = None
+        if isinstance(scoring, ExternalConfig):
+            scores = stack.enter_context(open_scores(scene, scoring, source.access))
 
         def read(rows: Span, cols: Span) -> TilePixels:
-            window, pad = _window(scene, config.store.tile_size_px, rows, cols)
-            pixels, valid = read_window(raster, scene, config.modality.nodata, window)
-            padded = np.pad(pixels, [(0, 0), *pad])
-            if score_raster is None:
-                scored = padded[list(scored_bands)]
+            parts = [reader.read(rows, cols, mask) for reader in sets]
+            first, cloud, nodata = parts[0]
+            if scores is None:
+                scored = first.pixels[list(source.scored_bands)]
             else:
-                scored = np.pad(_scores(score_raster, window), [(0, 0), *pad])
-            return TilePixels(padded, np.pad(valid, pad), scored)
+                window, pad = _window(sets[0].grid, sets[0].band_set.tile_size_px, rows, cols)
+                scored = np.pad(scores(window), [(0, 0), *pad])
+            return TilePixels(tuple(part for part, _, _ in parts), scored, cloud, nodata)
 
         yield read
 
 
-def sample_tiles(
-    scene: Scene, config: DataConfig, scored_bands: tuple[int, ...], num_tiles: int
-) -> Iterator[TilePixels]:
+def sample_tiles(scene: Scene, source: SceneSource, num_tiles: int) -> Iterator[TilePixels]:
     """Up to `num_tiles` tiles of a scene; see `pipeline.rules.sampled_tiles`."""
-    tile_px = config.store.tile_size_px
-    rows, cols = -(-scene.height // tile_px), -(-scene.width // tile_px)
+    rows, cols = scene_tiles(scene, source.layout)
     chosen = sampled_tiles(rows, cols, num_tiles)
-    with scene_reader(scene, config, scored_bands) as read:
+    with scene_reader(scene, source) as read:
         for row, col in zip(*(part.tolist() for part in np.divmod(chosen, cols)), strict=True):
             yield read((row, row + 1), (col, col + 1))
 
 
-def score_file(scene: Scene, scoring: ExternalConfig) -> Path:
-    """The raster in the configured folder that holds a scene's scores; SceneError without one."""
-    file = _find_scores(Path(scene.path), scene.id, scoring)
-    if file is None:
-        raise SceneError(f"has no score raster {scene.id}.tif in scoring.folder {scoring.folder}")
-    return file
+def scene_tiles(scene: Scene, layout: StoreLayout) -> tuple[int, int]:
+    """Rows and columns of tiles that a scene reaches into."""
+    band_set = layout.band_sets[0]
+    grid = asset_of(scene, band_set.bands[0])[0].shown_grid
+    return -(-grid.height // band_set.tile_size_px), -(-grid.width // band_set.tile_size_px)
 
 
-def input_fingerprint(file: Path, scene_id: str, scoring: ScorerConfig) -> str:
-    """Fingerprint of a scene's file and, where its scores come from outside, of those too."""
-    own = fingerprint(file)
-    if not isinstance(scoring, ExternalConfig):
-        return own
-    scores = _find_scores(file, scene_id, scoring)
-    return f"{own} {fingerprint(scores) if scores else 'without scores'}"
+class _SetReader:
+    """Reads one band set of a scene; its bands may lie in several files."""
+
+    def __init__(
+        self, scene: Scene, band_set: BandSet, source: SceneSource, stack: ExitStack
+    ) -> None:
+        self.scene, self.band_set, self.source = scene, band_set, source
+        self.parts: list[tuple[Asset, AssetReader, list[int]]] = []
+        by_asset: dict[int, list[int]] = {}
+        for position, band in enumerate(band_set.bands):
+            asset, _ = asset_of(scene, band)
+            by_asset.setdefault(scene.assets.index(asset), []).append(position)
+        for index, positions in by_asset.items():
+            own = scene.assets[index]
+            wanted = [band_set.bands[position] for position in positions]
+            planes = tuple(own.planes[asset_of(scene, band)[1]] for band in wanted)
+            opened = open_asset(replace(own, planes=planes), source.access)
+            self.parts.append((*stack.enter_context(opened), positions))
+        self.grid = self.parts[0][0].shown_grid
+
+    def read(
+        self, rows: Span, cols: Span, mask: "_MaskReader | None"
+    ) -> tuple[SetPixels, np.ndarray, np.ndarray]:
+        """Pixels and validity of whole tiles, then bool [y, x]: cloud, and without data."""
+        window, pad = _window(self.grid, self.band_set.tile_size_px, rows, cols)
+        pixels, with_data = self._with_data(window)
+        if self.source.settings.config.zero_border:
+            with_data &= ~_border(self).window(window)
+        valid, cloud = with_data.copy(), np.zeros_like(with_data)
+        if mask is not None:
+            flagged, unusable = mask.read(self.grid, window)
+            cloud = flagged & with_data
+            valid &= ~unusable
+            if mask.config.remove_clouds:
+                valid &= ~cloud
+        pixels = apply_shift(pixels, valid, self.scene.shift)
+        outside = np.pad(with_data, pad)
+        padded = SetPixels(np.pad(pixels, [(0, 0), *pad]), np.pad(valid, pad))
+        return padded, np.pad(cloud, pad), ~outside
+
+    def _with_data(self, window: Window) -> tuple[np.ndarray, np.ndarray]:
+        """Numbers [band, y, x] as the files hold them, and bool [y, x] where they are data."""
+        shape = (len(self.band_set.bands), window.height, window.width)
+        pixels = np.empty(shape, self.band_set.dtype)
+        with_data = np.ones(shape[1:], np.bool_)
+        for asset, reader, positions in self.parts:
+            read = reader.read(window)
+            if read.dtype != pixels.dtype:
+                raise SceneError(f"its pixels are {read.dtype}; planned was {pixels.dtype}")
+            with_data &= valid_pixels(read, asset.planes, reader.readable(window))
+            pixels[positions] = read
+        return pixels, with_data
+
+    def numbers(self, window: Window) -> np.ndarray:
+        """Numbers [band, y, x] as the files hold them."""
+        return self._with_data(window)[0]
 
 
-def _find_scores(file: Path, scene_id: str, scoring: ExternalConfig) -> Path | None:
-    assert scoring.folder is not None
-    candidates = (Path(scoring.folder, f"{scene_id}{s}") for s in (file.suffix, *SUFFIXES))
-    return next((candidate for candidate in candidates if candidate.is_file()), None)
+class _MaskReader:
+    """Reads a scene's quality mask on the grid of a band set."""
 
+    def __init__(self, scene: Scene, source: SceneSource, stack: ExitStack) -> None:
+        assert scene.mask is not None
+        assert source.settings.config.mask is not None
+        self.config: MaskConfig = source.settings.config.mask
+        self.asset, self.reader = stack.enter_context(open_asset(scene.mask, source.access))
 
-def check_score_file(scene: Scene, scoring: ExternalConfig, max_block_bytes: int) -> None:
-    """Raise SceneError unless a scene's score raster is one band of the scene's own size."""
-    assert scoring.folder is not None
-    file = score_file(scene, scoring)
-    try:
-        header = read_header(file, Path(scoring.folder), max_block_bytes)
-    except SceneError as error:
-        raise SceneError(f"its score raster {file}: {error}") from None
-    found = (header.num_bands, header.height, header.width)
-    if found != (1, scene.height, scene.width):
-        raise SceneError(
-            f"its score raster {file} has {found[0]} bands of {found[1]} x {found[2]} px; expected 1 of "
-            f"{scene.height} x {scene.width}"
+    def read(self, grid: Grid, window: Window) -> tuple[np.ndarray, np.ndarray]:
+        """bool [y, x] of a window of `grid`: cloud, and not to be used."""
+        ratio = ratio_between(grid, self.asset.shown_grid)
+        if ratio is None or 1 not in (ratio.numerator, ratio.denominator):
+            raise SceneError(
+                f"its mask {self.asset.href} lies on another grid: {self.asset.shown_grid.in_words()} "
+                f"beside {grid.in_words()}; expected the same corner and a whole-number ratio"
+            )
+        own = _scaled_window(window, ratio, self.asset.shown_grid)
+        values = self.reader.read(own)[0]
+        (plane,) = self.asset.planes
+        flags = mask_flags(values, self.config, plane.nodata, self.reader.readable(own))
+        return (
+            _brought(flags[0], ratio, window, own),
+            _brought(flags[1], ratio, window, own),
         )
 
 
-def _window(scene: Scene, tile_px: int, rows: Span, cols: Span) -> tuple[Window, tuple[Span, Span]]:
-    """The part of whole tiles inside the scene, and by how much it falls short at the far edges."""
+def _scaled_window(window: Window, ratio: Fraction, grid: Grid) -> Window:
+    """The pixels of a mask, `ratio` times as long, that cover a window; inside the mask's grid."""
+    top, left = int(window.top // ratio), int(window.left // ratio)
+    bottom = min(grid.height, int(-(-(window.top + window.height) // ratio)))
+    right = min(grid.width, int(-(-(window.left + window.width) // ratio)))
+    return Window(top, left, bottom - top, right - left)
+
+
+def _brought(flags: np.ndarray, ratio: Fraction, window: Window, own: Window) -> np.ndarray:
+    """Flags of a mask's window `own` on the pixels of `window`."""
+    if ratio >= 1:
+        factor = int(ratio)
+        fine = onto_finer(flags, factor, factor)
+        top, left = window.top - own.top * factor, window.left - own.left * factor
+        cut = fine[top : top + window.height, left : left + window.width]
+    else:
+        factor = int(1 / ratio)
+        cut = onto_coarser(flags, factor, factor)[: window.height, : window.width]
+    # A mask may end a fraction of a pixel before the scene does: unknown there, so not flagged.
+    short = [(0, window.height - cut.shape[0]), (0, window.width - cut.shape[1])]
+    return np.pad(cut, short)
+
+
+def _window(
+    grid: Grid, tile_px: int, rows: Span, cols: Span
+) -> tuple[Window, tuple[tuple[int, int], tuple[int, int]]]:
+    """The part of whole tiles inside a grid, and by how much it falls short at the far edges."""
     top, left = rows[0] * tile_px, cols[0] * tile_px
-    height = min(rows[1] * tile_px, scene.height) - top
-    width = min(cols[1] * tile_px, scene.width) - left
+    height = max(0, min(rows[1] * tile_px, grid.height) - top)
+    width = max(0, min(cols[1] * tile_px, grid.width) - left)
     short = (rows[1] - rows[0]) * tile_px - height, (cols[1] - cols[0]) * tile_px - width
-    return Window(left, top, width, height), ((0, short[0]), (0, short[1]))
+    return Window(top, left, height, width), ((0, short[0]), (0, short[1]))
 
 
-def _scores(raster: DatasetReader, window: Window) -> np.ndarray:
-    """float64 [1, y, x]; NaN where the raster says nodata."""
-    scores = raster.read(window=window).astype(np.float64)
-    scores[0, raster.read_masks(1, window=window) == 0] = np.nan
-    return scores
+# Zero borders of the scenes read last, because each takes reading the whole scene.
+_borders: OrderedDict[tuple[Asset, ...], BorderMask] = OrderedDict()
+
+
+def _border(reader: _SetReader) -> BorderMask:
+    """The zero border of a band set of a scene."""
+    key = tuple(asset for asset, _, _ in reader.parts)
+    if key not in _borders:
+        height, width = reader.grid.height, reader.grid.width
+        _borders[key] = find_border(reader.numbers, height, width, _BORDER_ROWS)
+        if len(_borders) > _BORDERS_KEPT:
+            _borders.popitem(last=False)
+    return _borders[key]

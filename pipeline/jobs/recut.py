@@ -1,5 +1,6 @@
 """One Dask task of repartitioning: read the score maps of one whole shard, cut its frames, write them."""
 
+import math
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -8,11 +9,12 @@ from typing import Any
 import numpy as np
 
 from pipeline.cut import fill_partition, leaves, splits_by_budget, splits_by_thresholds
-from pipeline.layout import StoreLayout, read_header, write_shard
 from pipeline.nodes import level_offsets, node_scores, shared_nodes
-from pipeline.partitions import partition_path
-from pipeline.places import FrameRun, Places
 from pipeline.rules import QUANTILE_SAMPLE_TILES, FurtherRule, quantile_thresholds
+from pipeline.storage.header import read_header
+from pipeline.storage.layout import StoreLayout, write_shard
+from pipeline.storage.partitions import partition_path
+from pipeline.storage.places import FrameRun, Places
 from pipeline.store import Store
 
 
@@ -20,8 +22,9 @@ from pipeline.store import Store
 class RepartitionTask:
     """Everything a worker needs for one shard.
 
-    `thresholds` hold for every frame; without them the budget or the quantile of `rule` decides.
-    `scenes` int64 [tile] are indices into `samples`, the frames whose scores set a scene's thresholds.
+    `thresholds` hold for every frame; without them the budget or the quantile of `rule` decides. Under a
+    quantile, `groups` int64 are indices into `samples`, the frames whose scores set the thresholds: per
+    frame that of its scene, or per tile that of its place where all timesteps share one partition.
     """
 
     store: str
@@ -31,7 +34,7 @@ class RepartitionTask:
     rule: FurtherRule
     thresholds: tuple[float, ...] | None
     run: FrameRun
-    scenes: np.ndarray
+    groups: np.ndarray
     samples: tuple[FrameRun, ...]
 
 
@@ -46,12 +49,14 @@ def repartition_task(
 ) -> RepartitionTask:
     """The task of one shard."""
     tiles = places.shard_tiles(shard)
-    scenes, indices = np.unique(places.scene[tiles], return_inverse=True)
     samples: tuple[FrameRun, ...] = ()
+    if rule.shared is None:
+        sampled, members = places.sampled_of_scene, places.scene[places.entries(tiles)]
+    else:
+        sampled, members = places.sampled_of_place, places.place[tiles]  # type: ignore[assignment]
+    names, groups = np.unique(members, return_inverse=True)
     if rule.quantile is not None:
-        samples = tuple(
-            places.run(places.sampled(scene, QUANTILE_SAMPLE_TILES)) for scene in scenes.tolist()
-        )
+        samples = tuple(sampled(name, QUANTILE_SAMPLE_TILES) for name in names.tolist())
     return RepartitionTask(
         store=str(store.path.absolute()),
         name=name,
@@ -60,7 +65,7 @@ def repartition_task(
         rule=rule,
         thresholds=thresholds,
         run=places.run(tiles),
-        scenes=indices,
+        groups=groups,
         samples=samples,
     )
 
@@ -103,16 +108,16 @@ def _splits(task: RepartitionTask, store: Store, deciding: np.ndarray) -> np.nda
         return splits_by_thresholds(deciding, task.thresholds, grid)
     if task.rule.tokens_per_tile is not None:
         return splits_by_budget(deciding, task.rule.tokens_per_tile, grid)
-    limits = np.array([_scene_thresholds(task, store, sample) for sample in task.samples])
-    by_tile = limits.reshape(len(task.samples), -1)[task.scenes]
-    if task.rule.shared is None:
-        by_tile = np.repeat(by_tile, task.run.frames_per_tile, axis=0)
-    return splits_by_thresholds(deciding, by_tile, grid)
+    limits = np.array([_sample_thresholds(task, store, sample) for sample in task.samples])
+    by_group = limits.reshape(len(task.samples), grid.num_scales - 1)
+    return splits_by_thresholds(deciding, by_group[task.groups], grid)
 
 
-def _scene_thresholds(task: RepartitionTask, store: Store, sample: FrameRun) -> list[float]:
-    """As in preprocessing: quantiles of the scores of the scene's sampled tiles."""
+def _sample_thresholds(task: RepartitionTask, store: Store, sample: FrameRun) -> list[float]:
+    """As in preprocessing: quantiles of the scores of sampled tiles."""
     assert task.rule.quantile is not None
+    if not len(sample.frames):
+        return [math.inf] * (task.layout.grid.num_scales - 1)
     _, nodes = _read_nodes(task, store, sample)
     offsets = level_offsets(task.layout.grid).tolist()
     levels = [nodes[:, a:b] for a, b in pairwise(offsets)]

@@ -9,23 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from pipeline.calibrate import store_curve
-from pipeline.cluster import Observer, run_tasks
-from pipeline.commit import exclusive, sweep_partials
-from pipeline.config import DataConfig, RunConfig, canonical_json, plain, validated
 from pipeline.errors import ConfigError, StoreError
-from pipeline.layout import StoreLayout, consolidate_partition, create_partition
-from pipeline.partitions import (
-    PartitionLedger,
-    check_new_name,
-    commit_partition,
-    ledger_path,
-    partition_path,
-)
-from pipeline.places import Places, places_of
-from pipeline.recut import repartition_shard, repartition_task
+from pipeline.jobs.cluster import Observer, run_tasks
+from pipeline.jobs.recut import repartition_shard, repartition_task
 from pipeline.rules import (
     FurtherRule,
     check_thresholds,
@@ -34,6 +21,19 @@ from pipeline.rules import (
     rule_in_words,
     uniform_thresholds,
 )
+from pipeline.settings.canonical import canonical_json, plain
+from pipeline.settings.config import DataConfig, RunConfig
+from pipeline.settings.loading import validated
+from pipeline.storage.commit import exclusive, sweep_partials
+from pipeline.storage.layout import StoreLayout, consolidate_partition, create_partition
+from pipeline.storage.partitions import (
+    PartitionLedger,
+    check_new_name,
+    commit_partition,
+    ledger_path,
+    partition_path,
+)
+from pipeline.storage.places import Places, places_of
 from pipeline.store import Store, open_store
 
 # Below this, starting worker processes takes longer than the work they would share.
@@ -58,18 +58,23 @@ class RepartitionReport:
 
 
 def repartition(
-    path: Path, name: str, rule: FurtherRule, run: RunConfig, observer: Observer
+    path: Path,
+    name: str,
+    rule: FurtherRule,
+    run: RunConfig,
+    observer: Observer,
+    modality: str | None = None,
 ) -> RepartitionReport:
     """Bring the partition `name` of a store to completion and commit it.
 
-    Small work, one shard, and `run.workers` 1 are done in this process. Raises StoreError if the
-    store is not committed or the name is taken by another rule, ConfigError for a rule that cannot be
-    followed.
+    It is of the first modality unless one is named. Small work, one shard, and `run.workers` 1 are done
+    in this process. Raises StoreError if the store is not committed or the name is taken by another rule,
+    ConfigError for a rule that cannot be followed.
     """
     check_new_name(name)
     store = open_store(path)
-    _check_rule(store, rule)
-    (layout,) = store.layouts.values()
+    layout = _scored_layout(store, modality)
+    _check_rule(store, layout, rule)
     if name not in store.partitions(layout.modality):
         with exclusive(path):
             # Another writer may have finished it while we waited for nothing.
@@ -77,14 +82,24 @@ def repartition(
             if name not in store.partitions(layout.modality):
                 written = _complete(store, layout, name, rule, run, observer)
                 return _report(path, layout, name, written)
-    _check_same_rule(name, store.partition(name).rule, rule)
+    _check_same_rule(name, store.partition(name, layout.modality).rule, rule)
     consolidate_partition(path, layout, name)
     return _report(path, layout, name, 0)
 
 
-def _check_rule(store: Store, rule: FurtherRule) -> None:
+def _scored_layout(store: Store, modality: str | None) -> StoreLayout:
+    layout = store.layout_of(modality)
+    if not layout.scored:
+        scored = [name for name, other in store.layouts.items() if other.scored]
+        raise ConfigError(
+            f"modality {layout.modality} of {store.path} has no scores to cut by; those with scores: "
+            f"{', '.join(scored)}"
+        )
+    return layout
+
+
+def _check_rule(store: Store, layout: StoreLayout, rule: FurtherRule) -> None:
     """Raise ConfigError for a rule that has no effect or cannot be followed in this store."""
-    (layout,) = store.layouts.values()
     grid = layout.grid
     if not rule.ways():
         raise ConfigError(
@@ -97,11 +112,13 @@ def _check_rule(store: Store, rule: FurtherRule) -> None:
             raise ConfigError("shared has no effect with uniform_px; leave it out")
     if rule.thresholds is not None:
         config = validated(DataConfig, store.header["config"], str(store.path))
-        num_bands = len(config.scored_band_names() or layout.bands)
+        settings = config.settings_of(layout.modality)
+        scoring, num_bands = settings.scoring, len(settings.scored_band_names() or layout.bands)
+        assert scoring is not None
         check_thresholds(
             rule.thresholds,
             grid.base_patch_size,
-            lambda size: config.scoring.attainable(size, num_bands),
+            lambda size: scoring.attainable(size, num_bands),
             num_scales=grid.num_scales,
         )
     if rule.shared is not None and places_of(store, layout.modality).num_frames.max() == 1:
@@ -135,7 +152,7 @@ def _complete(
     """Write the shards that are not done yet, and commit; their number."""
     ledger = _begun(store, layout, name, rule)
     places = places_of(store, layout.modality)
-    store.check_shards(places.frame_start // layout.shard_capacity)
+    store.check_shards(places.slots // layout.shard_capacity)
     todo = [shard for shard in range(layout.num_shards) if shard not in ledger.shards]
     left = sum(len(places.shard_tiles(shard)) for shard in todo)
     observer.planned(places.num_tiles, places.num_tiles - left)
@@ -204,9 +221,9 @@ def _check_same_rule(name: str, was: dict[str, Any], rule: FurtherRule) -> None:
 
 def _report(path: Path, layout: StoreLayout, name: str, written: int) -> RepartitionReport:
     store = open_store(path)
-    made = store.partition(name)
+    made = store.partition(name, layout.modality)
     places = places_of(store, layout.modality)
-    frames = places.run(np.arange(places.num_tiles)).frames
+    frames = places.slots
     return RepartitionReport(
         store=path,
         name=name,

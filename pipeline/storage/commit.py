@@ -12,12 +12,11 @@ import os
 import socket
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import canonical_json
 from pipeline.errors import IntegrityError, LockedError, StoreError
+from pipeline.settings.canonical import canonical_json
 
 LEDGER = "ledger.jsonl"
 MANIFEST = "manifest.parquet"
@@ -94,69 +93,11 @@ def _torn(path: Path) -> bool:
         return file.read(1) != b"\n"
 
 
-@dataclass
-class Ledger:
-    """What happened to every input and every shard, one JSON object per line.
-
-    Rows: `{"scene": id, "path", "fingerprint", "refused": reason or null}` for every input, written
-    when the job is planned; `{"shard": k, "objects": {path: {bytes, sha256}}, "failed": {scene:
-    reason}, "thresholds": {scene: [...]}}` for every finished shard.
-    """
-
-    path: Path
-    scenes: list[dict[str, Any]] = field(default_factory=list)
-    shards: dict[int, dict[str, Any]] = field(default_factory=dict)
-
-    @classmethod
-    def read(cls, store: Path) -> "Ledger":
-        """The ledger of a store; an incomplete last line, a torn append, does not count."""
-        ledger = cls(store / LEDGER)
-        read_rows(ledger.path, ledger._take)
-        return ledger
-
-    def create(self) -> None:
-        """Write the planned scenes; nothing of a job exists before this."""
-        write_object(self.path, self.canonical())
-
-    def append(self, row: dict[str, Any]) -> None:
-        """Add a finished shard durably."""
-        append_row(self.path, row)
-        self._take(row)
-
-    def canonical(self) -> bytes:
-        """All rows in an order that does not depend on which shard finished first."""
-        return encode_rows([*self.scenes, *(self.shards[shard] for shard in sorted(self.shards))])
-
-    def quarantined(self) -> dict[str, str]:
-        """Reason by scene id, of scenes refused at planning or failed in a shard, sorted by id."""
-        reasons = {row["scene"]: row["refused"] for row in self.scenes if row["refused"]}
-        for shard in sorted(self.shards):
-            for scene, reason in self.shards[shard]["failed"].items():
-                reasons.setdefault(scene, reason)
-        return dict(sorted(reasons.items()))
-
-    def thresholds(self) -> dict[str, list[float]]:
-        """Thresholds by scene id, fine to coarse."""
-        return {
-            scene: [float(t) for t in thresholds]
-            for row in self.shards.values()
-            for scene, thresholds in row["thresholds"].items()
-        }
-
-    def _take(self, row: dict[str, Any]) -> None:
-        if "shard" in row:
-            self.shards[int(row["shard"])] = {**row, "objects": dict(row["objects"])}
-        else:
-            self.scenes.append(
-                {key: row[key] for key in ("scene", "path", "fingerprint", "refused")}
-            )
-
-
-def write_commit(store: Path, ledger: Ledger, manifest: bytes, summary: dict[str, Any]) -> None:
+def write_commit(store: Path, ledger: bytes, manifest: bytes, summary: dict[str, Any]) -> None:
     """Make everything in the ledger visible to readers, in one atomic step."""
     objects = {
         MANIFEST: write_object(store / MANIFEST, manifest),
-        LEDGER: write_object(store / LEDGER, ledger.canonical()),
+        LEDGER: write_object(store / LEDGER, ledger),
     }
     replace_commit(store, {"objects": objects, "summary": summary})
 

@@ -8,25 +8,26 @@ into the bytes of one object. `pipeline.store` reads what has been committed.
 import json
 import math
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import tensorstore as ts
 import zarr
-from pydantic import Field, ValidationError
 from zarr.codecs import BloscCodec, Crc32cCodec
 from zarr.errors import ZarrUserWarning
 
-from pipeline.commit import write_object
-from pipeline.errors import ConfigError, IntegrityError, StoreError
-from pipeline.grid import MAX_SCALES, MAX_TILE_PX, BaseGrid
-from pipeline.partitions import DEFAULT_PARTITION, partition_path
-from pipeline.scorers.config import Frozen, Identifier
+from pipeline.grid import BaseGrid
+from pipeline.storage.commit import write_object
+from pipeline.storage.partitions import DEFAULT_PARTITION, partition_path
 
 FORMAT_NAME = "aptile"
-FORMAT_VERSION = "0.1"
+FORMAT_VERSION = "0.2"
+# Per frame: valid pixels, cloud pixels and pixels that hold nodata, of the first band set, and base cells
+# that count.
+FRAME_COUNTS = ("num_valid", "num_cloud", "num_nodata", "num_cells")
 # Illegal as a scale, so that a row nobody wrote cannot pass for a leaf.
 NO_LEAF = 0xFF
 _CODECS: dict[str, dict[str, Any]] = {
@@ -52,34 +53,83 @@ class ArraySpec:
 
 
 @dataclass(frozen=True)
-class StoreLayout:
-    """The numbers that fix every array of one modality."""
+class BandSet:
+    """Bands of one native resolution: tiles of `tile_size_px` px and one pixel type.
 
-    modality: str
+    The first set of a modality has no name; further ones give their arrays a suffix.
+    """
+
+    name: str
     bands: tuple[str, ...]
     dtype: str
+    tile_size_px: int
+
+    @property
+    def suffix(self) -> str:
+        """What is added to names of arrays and dimensions."""
+        return f"_{self.name}" if self.name else ""
+
+
+@dataclass(frozen=True)
+class StoreLayout:
+    """The numbers that fix every array of one modality.
+
+    The base grid lies on the first band set. `scored` says whether there are score maps; without them
+    (uniform patches) every present base cell is a token. `tokenized` is False for label rasters, which
+    have pixels and validity only.
+    """
+
+    modality: str
+    band_sets: tuple[BandSet, ...]
     grid: BaseGrid
     num_shards: int
     shard_capacity: int
     codec: str
+    scored: bool = True
+    tokenized: bool = True
+
+    @property
+    def bands(self) -> tuple[str, ...]:
+        """Bands of the first set."""
+        return self.band_sets[0].bands
+
+    @property
+    def all_bands(self) -> tuple[str, ...]:
+        """Bands of all sets, set after set."""
+        return tuple(band for band_set in self.band_sets for band in band_set.bands)
+
+    @property
+    def dtype(self) -> str:
+        """Pixel type of the first set."""
+        return self.band_sets[0].dtype
 
     @property
     def num_frames(self) -> int:
         """Frame slots, empty ones included."""
         return self.num_shards * self.shard_capacity
 
+    @property
+    def frame_bytes(self) -> int:
+        """Pixels of one frame, uncompressed."""
+        return sum(
+            len(s.bands) * s.tile_size_px**2 * np.dtype(s.dtype).itemsize for s in self.band_sets
+        )
+
     def arrays(self) -> dict[str, ArraySpec]:
         """Every array of the modality by its path below the store, in the order they are written."""
-        height, width = self.grid.shape_px
-        specs = {
-            f"{self.modality}/pixels": self._per_frame(
-                (len(self.bands), height, width), self.dtype, ("band", "y", "x"), 0
-            ),
-            f"{self.modality}/valid": self._per_frame((height, width), "bool", ("y", "x"), False),
-            f"{self.modality}/num_valid": self._per_frame((), "int32", (), 0),
-            f"{self.modality}/num_cells": self._per_frame((), "int32", (), 0),
-        }
-        for scale, size in enumerate(self.grid.patch_sizes):
+        specs = {}
+        for band_set in self.band_sets:
+            end, size = band_set.suffix, band_set.tile_size_px
+            yx = (f"y{end}", f"x{end}")
+            specs[f"{self.modality}/pixels{end}"] = self._per_frame(
+                (len(band_set.bands), size, size), band_set.dtype, (f"band{end}", *yx), 0
+            )
+            specs[f"{self.modality}/valid{end}"] = self._per_frame((size, size), "bool", yx, False)
+        for name in FRAME_COUNTS:
+            specs[f"{self.modality}/{name}"] = self._per_frame((), "int32", (), 0)
+        if not self.tokenized:
+            return specs
+        for scale, size in enumerate(self.grid.patch_sizes if self.scored else ()):
             specs[f"{self.modality}/score_{size}"] = self._per_frame(
                 self.grid.level_shape(scale),
                 "float32",
@@ -129,12 +179,15 @@ class StoreLayout:
         return self.shard_capacity * self.grid.num_cells
 
 
-def create_arrays(path: Path, layout: StoreLayout, header: dict[str, Any]) -> None:
+def create_arrays(path: Path, layouts: Iterable[StoreLayout], header: dict[str, Any]) -> None:
     """Write the group's metadata: `header` as its attribute `aptile`, and every array, empty."""
     root = zarr.create_group(path, zarr_format=3, attributes={FORMAT_NAME: header})
-    group = root.create_group(layout.modality, attributes={"bands": list(layout.bands)})
-    group.create_group("partitions").create_group(DEFAULT_PARTITION)
-    _create(root, layout.arrays(), layout.codec)
+    for layout in layouts:
+        names = {f"bands{s.suffix}": list(s.bands) for s in layout.band_sets}
+        group = root.create_group(layout.modality, attributes=names)
+        if layout.tokenized:
+            group.create_group("partitions").create_group(DEFAULT_PARTITION)
+        _create(root, layout.arrays(), layout.codec)
     with warnings.catch_warnings():
         # Not part of the Zarr v3 specification, but what xarray looks for first.
         warnings.simplefilter("ignore", ZarrUserWarning)
@@ -210,95 +263,6 @@ def encode_shard(metadata: dict[str, Any], block: np.ndarray) -> bytes | None:
     assert array.kvstore is not None
     stored = array.kvstore.read(key).result()
     return bytes(stored.value) if stored.state == "value" else None
-
-
-def read_header(path: Path) -> dict[str, Any] | None:
-    """The store's own attributes; None if `path` is no aptile store of a version we can read."""
-    try:
-        attributes = json.loads((path / "zarr.json").read_text())["attributes"]
-        header = dict(attributes[FORMAT_NAME])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    version = header.get("format_version")
-    if version != FORMAT_VERSION:
-        raise StoreError(
-            f"{path}: written in format version {version!r}; this aptile reads {FORMAT_VERSION!r}. "
-            "Install the aptile that wrote it, or preprocess the archive again"
-        )
-    return header
-
-
-def modality_header(
-    layout: StoreLayout, value_ranges: Any, sample_distance_m: Any
-) -> dict[str, Any]:
-    """What a reader needs to know of a modality, as stored under `modalities` in the header."""
-    return {
-        "bands": list(layout.bands),
-        "dtype": layout.dtype,
-        "value_range": [list(pair) for pair in value_ranges],
-        "ground_sample_distance_m": sample_distance_m,
-        "base_patch_size": layout.grid.base_patch_size,
-        "num_scales": layout.grid.num_scales,
-        "tile_size_px": layout.grid.shape_px[0],
-        "num_shards": layout.num_shards,
-        "shard_capacity": layout.shard_capacity,
-        "codec": layout.codec,
-    }
-
-
-def layout_from_header(name: str, entry: dict[str, Any]) -> StoreLayout:
-    """The layout a header describes; IntegrityError if it describes none.
-
-    A header is untrusted: its names become paths, its numbers become sizes.
-    """
-    try:
-        named = _NamedModality.model_validate({**entry, "name": name})
-        cells = named.tile_size_px // named.base_patch_size
-        grid = BaseGrid(cells, cells, named.base_patch_size, named.num_scales)
-        if grid.shape_px[0] != named.tile_size_px:
-            raise ConfigError(f"tiles of {named.tile_size_px} px hold no whole number of cells")
-    except (ValidationError, ConfigError, TypeError) as error:
-        reason = " ".join(str(error).split())
-        raise IntegrityError(
-            f"modality {name!r:.80} in the store's zarr.json cannot be used ({reason:.200}); the store is "
-            "damaged, preprocess into a new one"
-        ) from None
-    return StoreLayout(
-        modality=named.name,
-        bands=named.bands,
-        dtype=named.dtype,
-        grid=grid,
-        num_shards=named.num_shards,
-        shard_capacity=named.shard_capacity,
-        codec=named.codec,
-    )
-
-
-class _NamedModality(Frozen):
-    """What `modality_header` writes, and the modality's name."""
-
-    name: Identifier
-    bands: tuple[Identifier, ...] = Field(min_length=1)
-    dtype: Literal[
-        "uint8",
-        "int8",
-        "uint16",
-        "int16",
-        "uint32",
-        "int32",
-        "uint64",
-        "int64",
-        "float32",
-        "float64",
-    ]
-    value_range: tuple[tuple[float, float], ...]
-    ground_sample_distance_m: float | None
-    base_patch_size: int = Field(ge=1)
-    num_scales: int = Field(ge=1, le=MAX_SCALES)
-    tile_size_px: int = Field(ge=1, le=MAX_TILE_PX)
-    num_shards: int = Field(ge=1)
-    shard_capacity: int = Field(ge=1)
-    codec: Literal["lz4", "zstd"]
 
 
 def _compressors(codec: str, dtype: np.dtype[Any]) -> list[Any]:

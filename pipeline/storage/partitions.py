@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.commit import (
+from pipeline.errors import IntegrityError, StoreError
+from pipeline.storage.commit import (
     LEDGER,
     append_row,
     encode_rows,
@@ -20,7 +21,6 @@ from pipeline.commit import (
     replace_commit,
     write_object,
 )
-from pipeline.errors import IntegrityError, StoreError
 
 DEFAULT_PARTITION = "default"
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")

@@ -1,11 +1,13 @@
-"""Where the committed tiles of a store lie: which frames, in which shard, of which scene."""
+"""Where the committed frames of a store lie: which tile, in which shard, of which scene."""
 
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+import pyarrow as pa
 
 from pipeline.rules import sampled_tiles
+from pipeline.storage.tiles import expand
 from pipeline.store import Store
 
 
@@ -25,63 +27,110 @@ class FrameRun:
 
 @dataclass(frozen=True)
 class Places:
-    """Committed tiles of one modality in the order of their frames.
+    """Tiles with at least one committed frame of one modality, in the order of their frames.
 
-    `frame_start`, `num_frames`, `scene`, `row` and `col` are int64 [tile]; scenes are numbered in the
-    order in which they first occur.
+    `slots` int64 [frame] are the frames, tile by tile; `starts` int64 [tile + 1] where each tile's begin
+    and `scene` int64 [frame] whose they are, scenes being numbered by name. `place`, `row`, `col` int64
+    [tile] say where a tile is, `place_shape` int64 [tile, 2] how many rows and columns its place has.
     """
 
     shard_capacity: int
-    frame_start: np.ndarray
-    num_frames: np.ndarray
+    slots: np.ndarray
+    starts: np.ndarray
     scene: np.ndarray
+    place: np.ndarray
     row: np.ndarray
     col: np.ndarray
+    place_shape: np.ndarray
 
     @property
     def num_tiles(self) -> int:
-        return len(self.frame_start)
+        return len(self.starts) - 1
+
+    @property
+    def num_frames(self) -> np.ndarray:
+        """int64 [tile]."""
+        return np.diff(self.starts)
 
     def shard_tiles(self, shard: int) -> np.ndarray:
         """int64: the tiles of a shard, in slot order."""
         ends = np.array([shard, shard + 1]) * self.shard_capacity
-        first, last = np.searchsorted(self.frame_start, ends).tolist()
+        first, last = np.searchsorted(self.slots[self.starts[:-1]], ends).tolist()
         return np.arange(first, last)
 
     def run(self, tiles: np.ndarray) -> FrameRun:
-        """The frames of these tiles."""
+        """All frames of these tiles."""
         numbers = self.num_frames[tiles]
-        starts = np.cumsum(numbers) - numbers
-        within = np.arange(int(numbers.sum())) - np.repeat(starts, numbers)
-        return FrameRun(np.repeat(self.frame_start[tiles], numbers) + within, starts)
+        return FrameRun(self.slots[self.entries(tiles)], np.cumsum(numbers) - numbers)
 
-    def sampled(self, scene: int, num_tiles: int) -> np.ndarray:
-        """int64: the tiles of a scene that `aptile preprocess` samples too (see `sampled_tiles`)."""
-        first, last = np.searchsorted(self._by_scene[0], [scene, scene + 1]).tolist()
-        tiles = self._by_scene[1][first:last]
-        rows, cols = int(self.row[tiles].max()) + 1, int(self.col[tiles].max()) + 1
+    def entries(self, tiles: np.ndarray) -> np.ndarray:
+        """int64: positions in `slots` and `scene` of all frames of these tiles."""
+        return expand(self.starts[tiles], self.num_frames[tiles])
+
+    def sampled_of_scene(self, scene: int, num_tiles: int) -> FrameRun:
+        """A scene's frames in the tiles that `aptile preprocess` samples too (see `sampled_tiles`)."""
+        entries = self._by_scene.of(scene)
+        kept = entries[self._sampled(self._tile_of_entry[entries], num_tiles)]
+        return FrameRun(self.slots[kept], np.arange(len(kept)))
+
+    def sampled_of_place(self, place: int, num_tiles: int) -> FrameRun:
+        """All frames of the sampled tiles of a place."""
+        tiles = self._by_place.of(place)
+        return self.run(tiles[self._sampled(tiles, num_tiles)])
+
+    def _sampled(self, tiles: np.ndarray, num_tiles: int) -> np.ndarray:
+        rows, cols = self.place_shape[tiles[0]].tolist()
         numbers = self.row[tiles] * cols + self.col[tiles]
-        return tiles[np.isin(numbers, sampled_tiles(rows, cols, num_tiles))]
+        return np.isin(numbers, sampled_tiles(rows, cols, num_tiles))
 
     @cached_property
-    def _by_scene(self) -> tuple[np.ndarray, np.ndarray]:
-        order = np.argsort(self.scene, kind="stable")
-        return self.scene[order], order
+    def _tile_of_entry(self) -> np.ndarray:
+        return np.repeat(np.arange(self.num_tiles), self.num_frames)
+
+    @cached_property
+    def _by_scene(self) -> "_Groups":
+        return _Groups(self.scene)
+
+    @cached_property
+    def _by_place(self) -> "_Groups":
+        return _Groups(self.place)
+
+
+class _Groups:
+    """Positions of equal numbers."""
+
+    def __init__(self, numbers: np.ndarray) -> None:
+        self._order = np.argsort(numbers, kind="stable")
+        self._sorted = numbers[self._order]
+
+    def of(self, number: int) -> np.ndarray:
+        first, last = np.searchsorted(self._sorted, [number, number + 1]).tolist()
+        return self._order[first:last]
 
 
 def places_of(store: Store, modality: str) -> Places:
-    """The committed tiles of a store, from its manifest."""
-    column = store.manifest[modality].combine_chunks()
-    starts = column.field("frame_start").to_numpy().astype(np.int64)
-    order = np.argsort(starts, kind="stable")
-    scenes: dict[tuple[str, ...], int] = {}
-    ids = [tuple(names) for names in store.manifest["scene_ids"].to_pylist()]
-    scene = [scenes.setdefault(ids[tile], len(scenes)) for tile in order.tolist()]
+    """The committed frames of a store's modality, from its manifest."""
+    table = store.frame_table(modality)
+    tiles = np.flatnonzero(table.per_tile)
+    tiles = tiles[np.argsort(table.slots[table.starts[tiles]], kind="stable")]
+    numbers = table.per_tile[tiles]
+    entries = expand(table.starts[tiles], numbers)
+    manifest = store.manifest
+    scenes = manifest[modality].combine_chunks().field("scene_ids").flatten().drop_null()
+    rows, cols = (manifest[name].to_numpy().astype(np.int64) for name in ("row", "col"))
+    shape = np.stack([manifest[f"place_{axis}"].to_numpy() for axis in ("rows", "cols")], axis=1)
     return Places(
         shard_capacity=store.layouts[modality].shard_capacity,
-        frame_start=starts[order],
-        num_frames=column.field("num_frames").to_numpy().astype(np.int64)[order],
-        scene=np.array(scene, np.int64),
-        row=store.manifest["row"].to_numpy().astype(np.int64)[order],
-        col=store.manifest["col"].to_numpy().astype(np.int64)[order],
+        slots=table.slots[entries],
+        starts=np.concatenate([[0], np.cumsum(numbers)]),
+        scene=_numbered(scenes)[entries],
+        place=_numbered(manifest["place"].combine_chunks())[tiles],
+        row=rows[tiles],
+        col=cols[tiles],
+        place_shape=shape.astype(np.int64)[tiles],
     )
+
+
+def _numbered(names: pa.Array) -> np.ndarray:
+    """int64: equal numbers for equal names."""
+    return names.dictionary_encode().indices.to_numpy().astype(np.int64)

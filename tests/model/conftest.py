@@ -13,7 +13,7 @@ from model.encoder import APTEncoder, EncoderConfig
 from model.packing import TokenBatch, pack
 from pipeline.grid import BaseGrid
 from pipeline.segments import MISSING_BIT
-from pipeline.store import Frames
+from pipeline.storage.tiles import Frames
 
 NUM_BANDS = 3
 HIGHEST = 1000
@@ -87,7 +87,9 @@ class Tiles:
         ]
 
     def pack(self) -> TokenBatch:
-        return pack(self.frames, self.frames_per_tile, np.arange(self.num_tiles), self.grid)
+        timesteps = np.array([timestep for _, timestep in self.tile_and_timestep])
+        tiles = np.arange(self.num_tiles)
+        return pack(self.frames, self.frames_per_tile, timesteps, tiles, self.grid)
 
     def select(self, tiles: Sequence[int]) -> Self:
         """The same tiles in another order, or some of them."""

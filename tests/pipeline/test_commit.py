@@ -4,10 +4,10 @@ import os
 
 import pytest
 
-from pipeline.commit import (
+from pipeline.errors import IntegrityError, LockedError, StoreError
+from pipeline.storage.commit import (
     LEDGER,
     MANIFEST,
-    Ledger,
     exclusive,
     read_commit,
     read_committed,
@@ -15,18 +15,30 @@ from pipeline.commit import (
     write_commit,
     write_object,
 )
-from pipeline.errors import IntegrityError, LockedError, StoreError
+from pipeline.storage.ledger import Ledger
 
-SCENES = [{"scene": "a", "path": "a.tif", "fingerprint": "1-1", "refused": None}]
+FILES = [{"file": "a.tif", "modality": "image", "fingerprint": "1-1"}]
+SCENES = [
+    {"scene": "a", "modality": "image", "status": "planned", "reason": None},
+    {"scene": "z", "modality": "image", "status": "skipped", "reason": "not asked for"},
+]
 
 
 def shard_row(shard, failed=None):
-    return {"shard": shard, "objects": {}, "failed": failed or {}, "thresholds": {"a": [0.5, 0.75]}}
+    return {
+        "shard": shard,
+        "objects": {},
+        "failed": failed or {},
+        "findings": {"a": f"odd in {shard}"},
+        "thresholds": {"image": {"0": [0.5, 0.75]}},
+        "left_out": {},
+        "tiles_left_out": [],
+    }
 
 
 @pytest.fixture
 def ledger(tmp_path):
-    ledger = Ledger(tmp_path / LEDGER, list(SCENES))
+    ledger = Ledger(tmp_path / LEDGER, list(FILES), list(SCENES))
     ledger.create()
     return ledger
 
@@ -34,9 +46,13 @@ def ledger(tmp_path):
 def test_rows_survive(ledger, tmp_path):
     ledger.append(shard_row(1))
     again = Ledger.read(tmp_path)
-    assert again.scenes == SCENES
+    assert (again.files, again.scenes) == (FILES, SCENES)
     assert list(again.shards) == [1]
-    assert again.thresholds() == {"a": [0.5, 0.75]}
+    assert again.fingerprints() == {("image", "a.tif"): "1-1"}
+    assert again.thresholds("image") == {0: [0.5, 0.75]}
+    assert again.thresholds("other") == {}
+    assert again.with_status("skipped") == {"z": "not asked for"}
+    assert again.findings() == {"a": "odd in 1"}
 
 
 def test_a_torn_row_does_not_count_and_does_not_spoil_the_next(ledger, tmp_path):
@@ -51,7 +67,7 @@ def test_a_torn_row_does_not_count_and_does_not_spoil_the_next(ledger, tmp_path)
 def test_the_canonical_ledger_does_not_depend_on_the_order_of_work(tmp_path):
     texts = set()
     for order in ((0, 1, 2), (2, 0, 1)):
-        ledger = Ledger(tmp_path / LEDGER, list(SCENES))
+        ledger = Ledger(tmp_path / LEDGER, list(FILES), list(SCENES))
         ledger.create()
         for shard in order:
             ledger.append(shard_row(shard))
@@ -60,7 +76,9 @@ def test_the_canonical_ledger_does_not_depend_on_the_order_of_work(tmp_path):
 
 
 def test_quarantined_scenes_of_planning_and_of_shards(ledger):
-    ledger.scenes.append({"scene": "c", "path": "c", "fingerprint": "", "refused": "no raster"})
+    ledger.scenes.append(
+        {"scene": "c", "modality": "image", "status": "refused", "reason": "no raster"}
+    )
     ledger.append(shard_row(0, failed={"a": "truncated"}))
     assert ledger.quarantined() == {"a": "truncated", "c": "no raster"}
 
@@ -68,7 +86,7 @@ def test_quarantined_scenes_of_planning_and_of_shards(ledger):
 def test_a_line_that_is_no_row_is_damage(ledger, tmp_path):
     with ledger.path.open("ab") as file:
         file.write(b"what?\n")
-    with pytest.raises(IntegrityError, match="line 2 is not a ledger row"):
+    with pytest.raises(IntegrityError, match="line 4 is not a ledger row"):
         Ledger.read(tmp_path)
 
 
@@ -98,7 +116,7 @@ def test_what_killed_writers_left_is_swept(tmp_path):
 
 def test_a_commit_names_its_manifest_and_ledger(ledger, tmp_path):
     assert read_commit(tmp_path) is None
-    write_commit(tmp_path, ledger, b"manifest", {"tiles": 1})
+    write_commit(tmp_path, ledger.canonical(), b"manifest", {"tiles": 1})
     commit = read_commit(tmp_path)
     assert commit["summary"] == {"tiles": 1}
     assert read_committed(tmp_path, MANIFEST, commit) == b"manifest"
@@ -106,7 +124,7 @@ def test_a_commit_names_its_manifest_and_ledger(ledger, tmp_path):
 
 @pytest.mark.parametrize("damage", [lambda p: p.write_bytes(b"other"), lambda p: p.unlink()])
 def test_another_manifest_than_the_committed_one_is_refused(ledger, tmp_path, damage):
-    write_commit(tmp_path, ledger, b"manifest", {})
+    write_commit(tmp_path, ledger.canonical(), b"manifest", {})
     damage(tmp_path / MANIFEST)
     with pytest.raises(IntegrityError, match=r"manifest.parquet (is missing|differs)"):
         read_committed(tmp_path, MANIFEST, read_commit(tmp_path))

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 from pipeline import open_store, score_maps
-from pipeline.config import PreprocessConfig, load_config
 from pipeline.errors import ArchiveError, ConfigError
-from pipeline.job import run_job
+from pipeline.jobs.job import run_job
+from pipeline.settings.config import PreprocessConfig
+from pipeline.settings.loading import load_config
 from support import Watching, save_scene, textured
 
 
@@ -66,7 +67,7 @@ def test_scores_that_changed_since_the_job_was_begun_are_noticed(archive, scores
     with pytest.raises(KeyboardInterrupt):
         run_job(str(archive), tmp_path / "store", config, Watching(interrupt_after=1))
     save_scene(tmp_path / "scores" / "a.tif", scores + 1, compress="lzw")
-    with pytest.raises(ArchiveError, match="1 of its scenes differ, a was changed"):
+    with pytest.raises(ArchiveError, match="1 of its files differ, scores/a.tif was changed"):
         run_job(str(archive), tmp_path / "store", config, Watching())
 
 

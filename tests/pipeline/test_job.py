@@ -12,10 +12,11 @@ import rasterio
 from distributed import LocalCluster
 
 from pipeline import open_store, partition_image, segments
-from pipeline.commit import LEDGER
-from pipeline.config import PreprocessConfig, load_config
 from pipeline.errors import ArchiveError, StoreError
-from pipeline.job import run_job
+from pipeline.jobs.job import run_job
+from pipeline.settings.config import PreprocessConfig
+from pipeline.settings.loading import load_config
+from pipeline.storage.commit import LEDGER
 from support import Watching, assert_same_bytes, files, save_scene, textured
 
 SMALL = (
@@ -192,7 +193,7 @@ def test_another_configuration_is_refused_in_words(archive, store):
 
 
 def test_another_archive_is_refused_in_words(archive, store, tmp_path):
-    with pytest.raises(ArchiveError, match="2 of its scenes differ, a is gone"):
+    with pytest.raises(ArchiveError, match="2 of its files differ, a.tif is gone"):
         run(Path(f"{archive}/*b.tif"), store)
 
 
@@ -218,7 +219,7 @@ def test_unreadable_scenes_are_quarantined_and_the_rest_is_done(archive, tmp_pat
     assert report.quarantined["torn"]
     store = open_store(tmp_path / "store")
     assert store.quarantined() == report.quarantined
-    assert {row["scene_ids"][0] for row in store.manifest.to_pylist()} == {"good"}
+    assert {row["image"]["scene_ids"][0] for row in store.manifest.to_pylist()} == {"good"}
     again = run(folder, tmp_path / "store")
     assert again.quarantined == report.quarantined
 
@@ -237,10 +238,12 @@ def test_thresholds_of_the_default_rule_are_each_scenes_own(archive, tmp_path):
     plain = load_config(PreprocessConfig, None, ["store.tile_size_px=32", "run.workers=1"])
     run_job(str(archive), tmp_path / "store", plain, Watching())
     rows = open_store(tmp_path / "store").manifest.to_pylist()
-    by_scene = {row["scene_ids"][0]: tuple(row["image"]["thresholds"]) for row in rows}
+    by_scene = {row["image"]["scene_ids"][0]: tuple(row["image"]["thresholds"][0]) for row in rows}
     assert len(by_scene) == len(set(by_scene.values())) == 3
     opened = open_store(tmp_path / "store")
-    maps = [opened.tile(row["id"]).score_maps for row in rows if row["scene_ids"] == ["deep/c"]]
+    maps = [
+        opened.tile(row["id"]).score_maps for row in rows if row["image"]["scene_ids"] == ["deep/c"]
+    ]
     coarsest = np.concatenate([m[2].ravel() for m in maps])
     kept = np.mean(coarsest[~np.isnan(coarsest)] < by_scene["deep/c"][1])
     assert kept == pytest.approx(0.5, abs=0.15)
@@ -254,7 +257,7 @@ def test_the_default_rule_keeps_15_to_80_percent_of_each_satclip_scene(satclip, 
         modality = store.modalities[0]
         kept: dict[str, list[int]] = {}
         for row in store.manifest.to_pylist():
-            counts = kept.setdefault(row["scene_ids"][0], [0, 0])
+            counts = kept.setdefault(row[modality]["scene_ids"][0], [0, 0])
             counts[0] += sum(row[modality]["tokens"])
             counts[1] += row[modality]["base_cells"]
         assert len(kept) == 4

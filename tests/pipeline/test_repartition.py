@@ -2,8 +2,6 @@ import json
 import shutil
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import xarray as xr
 from hypothesis import assume, given
@@ -12,17 +10,17 @@ from hypothesis import strategies as st
 from model import TileDataset
 from pipeline import open_store, partition_image, score_maps, segments
 from pipeline.calibrate import store_curve, token_curve
-from pipeline.commit import MANIFEST, exclusive, read_commit, replace_commit, write_object
-from pipeline.config import RunConfig
 from pipeline.cut import leaves, splits_by_thresholds
 from pipeline.errors import ConfigError, IntegrityError, LockedError, StoreError
 from pipeline.grid import BaseGrid
+from pipeline.jobs.repartition import repartition
 from pipeline.nodes import node_scores, shared_maps, shared_nodes
-from pipeline.partitions import PartitionLedger, ledger_path
-from pipeline.places import FrameRun
 from pipeline.quadtree import budget_scales, partition_scales
-from pipeline.repartition import repartition
 from pipeline.rules import FurtherRule
+from pipeline.settings.config import RunConfig
+from pipeline.storage.commit import exclusive
+from pipeline.storage.partitions import PartitionLedger, ledger_path
+from pipeline.storage.places import FrameRun
 from support import (
     Watching,
     aptile,
@@ -56,26 +54,30 @@ def store(made, tmp_path):
     return shutil.copytree(made, tmp_path / "store")
 
 
-@pytest.fixture
-def two_frames(store):
-    """The store with each two neighbouring tiles of a shard declared two timesteps of one tile."""
-    table = open_store(store).manifest
-    kept, image = [], []
-    rows = table["image"].to_pylist()
-    for index in range(0, len(rows) - 1, 2):
-        if rows[index + 1]["frame_start"] == rows[index]["frame_start"] + 1:
-            kept.append(index)
-            image.append({**rows[index], "num_frames": 2})
-    column = table.schema.get_field_index("image")
-    merged = table.take(kept).set_column(
-        column, table.schema.field("image"), pa.array(image, table.schema.field("image").type)
+@pytest.fixture(scope="module")
+def series(tmp_path_factory):
+    """One place at two dates and another at one: 20 tiles of two frames and 15 of one, some in strips of
+    invalid pixels; 9 shards."""
+    folder = tmp_path_factory.mktemp("series")
+    for number, date in enumerate(("20200101", "20200203")):
+        image = textured((3, 100, 150), seed=number)
+        image[:, 40:75, 60 * number :] = 0
+        save_scene(folder / "archive" / f"a_{date}.tif", image, nodata=0)
+    save_scene(folder / "archive" / "b_20200101.tif", textured((3, 130, 70), seed=2))
+    settings = (
+        "store.tile_size_px=32",
+        "store.shard_tiles=4",
+        "modality.value_range=[0, 10000]",
+        "modality.pattern='{tile}_{date}.tif'",
     )
-    sink = pa.BufferOutputStream()
-    pq.write_table(merged, sink)
-    commit = read_commit(store)
-    commit["objects"][MANIFEST] = write_object(store / MANIFEST, sink.getvalue().to_pybytes())
-    replace_commit(store, commit)
-    return store
+    options = [part for setting in settings for part in ("--set", setting)]
+    assert aptile("preprocess", folder / "archive", folder / "store", "--workers", 1, *options) == 0
+    return folder / "store"
+
+
+@pytest.fixture
+def two_frames(series, tmp_path):
+    return shutil.copytree(series, tmp_path / "series")
 
 
 def cut(store, name, workers=1, observer=None, **rule):
@@ -247,8 +249,17 @@ def test_timesteps_may_share_a_partition(two_frames):
 
 def test_a_shared_quantile_is_of_the_shared_scores(two_frames):
     cut(two_frames, "shared", quantile=0.5, shared="max")
-    for scales in all_scales(two_frames, "shared"):
+    every = all_scales(two_frames, "shared")
+    assert [len(scales) for scales in every] == [2] * 20 + [1] * 15
+    for scales in every[:20]:
         np.testing.assert_array_equal(segments.levels(scales[0]), segments.levels(scales[1]))
+
+
+def test_the_default_rule_of_a_series_is_that_of_each_date(two_frames):
+    cut(two_frames, "again", quantile=0.5)
+    for array in ("scales", "counts", "tokens"):
+        first = two_frames / "image" / "partitions" / "default" / array
+        assert_same_bytes(first, two_frames / "image" / "partitions" / "again" / array)
 
 
 @pytest.mark.parametrize("shared", [None, "max", "mean"])
@@ -289,7 +300,7 @@ def test_calibration_takes_the_nearest_step_below(case, wish):
     nodes = node_scores(maps, grid)
     curve = token_curve([(nodes, FrameRun(np.arange(3), np.arange(3)))], grid)
     fewest, most = curve.mean_tokens(1.0), curve.mean_tokens(0.0)
-    wanted = fewest + wish * (most - fewest)
+    wanted = min(most, fewest + wish * (most - fewest))
     got = curve.mean_tokens(curve.quantile_for(wanted))
     steps = {
         curve.mean_tokens(q)

@@ -8,7 +8,6 @@ from hypothesis.extra import numpy as hnp
 
 import oracle
 from pipeline import segments
-from pipeline.config import DataConfig, validated
 from pipeline.cut import leaves, splits_by_budget, splits_by_thresholds
 from pipeline.errors import ConfigError
 from pipeline.grid import BaseGrid
@@ -16,6 +15,8 @@ from pipeline.nodes import level_offsets, node_scores, shared_maps, shared_nodes
 from pipeline.quadtree import budget_scales, partition_scales
 from pipeline.rules import check_thresholds, quantile_thresholds, uniform_thresholds
 from pipeline.scorers.config import EntropyConfig
+from pipeline.settings.config import DataConfig
+from pipeline.settings.loading import validated
 from support import grids_and_maps
 
 

@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from pipeline import partition_image, score_maps
-from pipeline.config import PreprocessConfig, load_config
 from pipeline.errors import ConfigError
 from pipeline.grid import BaseGrid
 from pipeline.scorers.config import (
@@ -23,6 +22,8 @@ from pipeline.scorers.config import (
     VarianceConfig,
 )
 from pipeline.scores import SCORERS, make_scorer
+from pipeline.settings.config import PreprocessConfig
+from pipeline.settings.loading import load_config
 
 DTYPES = ["uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "float32", "float64"]
 EDGES = [

@@ -11,17 +11,22 @@ from hypothesis import strategies as st
 from pipeline import open_store, segments
 from pipeline.errors import IntegrityError, StoreError
 from pipeline.grid import BaseGrid
-from pipeline.layout import StoreLayout, create_arrays, encode_shard
+from pipeline.storage.layout import BandSet, StoreLayout, create_arrays, encode_shard
 
 LAYOUT = StoreLayout(
     modality="image",
-    bands=("red", "nir"),
-    dtype="int16",
+    band_sets=(
+        BandSet("", ("red", "nir"), "int16", 16),
+        BandSet("20m", ("swir",), "uint8", 8),
+    ),
     grid=BaseGrid(4, 4, 4, 2),
     num_shards=2,
     shard_capacity=3,
     codec="lz4",
 )
+
+
+SET = {"name": "", "bands": ["b"], "dtype": "uint16", "tile_size_px": 128}
 
 
 def metadata_of(path, layout):
@@ -35,7 +40,7 @@ def damaged(chip_store, tmp_path):
 
 
 def test_zarr_reads_what_a_shard_was_encoded_from(tmp_path):
-    create_arrays(tmp_path / "store", LAYOUT, {})
+    create_arrays(tmp_path / "store", [LAYOUT], {})
     metadata = metadata_of(tmp_path / "store", LAYOUT)
     rng = np.random.default_rng(0)
     for name, spec in LAYOUT.arrays().items():
@@ -51,7 +56,7 @@ def test_zarr_reads_what_a_shard_was_encoded_from(tmp_path):
 
 
 def test_a_block_of_fill_values_needs_no_object(tmp_path):
-    create_arrays(tmp_path / "store", LAYOUT, {})
+    create_arrays(tmp_path / "store", [LAYOUT], {})
     metadata = metadata_of(tmp_path / "store", LAYOUT)
     for name, spec in LAYOUT.arrays().items():
         block = np.full(spec.shard, spec.fill_value, spec.dtype)
@@ -63,7 +68,7 @@ def test_a_block_of_fill_values_needs_no_object(tmp_path):
 def test_equal_values_encode_to_equal_bytes(tmp_path_factory, seed, codec):
     layout = StoreLayout(**{**LAYOUT.__dict__, "codec": codec})
     path = tmp_path_factory.mktemp("store") / "store"
-    create_arrays(path, layout, {})
+    create_arrays(path, [layout], {})
     metadata = metadata_of(path, layout)["image/pixels"]
     block = np.random.default_rng(seed).integers(0, 9, (3, 2, 16, 16)).astype(np.int16)
     assert encode_shard(metadata, block) == encode_shard(metadata, block.copy())
@@ -94,7 +99,9 @@ def test_a_tile_comes_with_everything(chip_store):
     counts = segments.counts_per_scale(tile.scales[0], 3).tolist()
     assert row["image"]["tokens"] == counts
     assert row["image"]["base_cells"] == np.count_nonzero(~np.isnan(tile.score_maps[0]))
-    assert row["image"]["valid_fraction"] == tile.valid.mean()
+    assert row["image"]["valid_fraction"] == [tile.valid.mean()]
+    assert row["image"]["nodata_fraction"] == [1 - tile.valid.mean()]
+    assert row["image"]["cloud_fraction"] == [0]
 
 
 def test_frames_come_in_the_order_asked_for(chip_store):
@@ -126,7 +133,7 @@ def test_another_format_version_is_refused(damaged):
     content = json.loads(file.read_text())
     content["attributes"]["aptile"]["format_version"] = "9.0"
     file.write_text(json.dumps(content))
-    with pytest.raises(StoreError, match=r"format version '9.0'; this aptile reads '0.1'"):
+    with pytest.raises(StoreError, match=r"format version '9.0'; this aptile reads '0.2'"):
         open_store(damaged)
 
 
@@ -134,11 +141,14 @@ def test_another_format_version_is_refused(damaged):
     ("name", "change"),
     [
         ("../../elsewhere", {}),
-        ("image", {"tile_size_px": 2**30}),
-        ("image", {"tile_size_px": 127}),
+        ("image", {"band_sets": [{**SET, "tile_size_px": 2**30}]}),
+        ("image", {"band_sets": [{**SET, "tile_size_px": 127}]}),
+        ("image", {"band_sets": [{**SET, "name": "20m"}]}),
+        ("image", {"band_sets": [SET, {**SET, "name": "../a"}]}),
+        ("image", {"band_sets": []}),
         ("image", {"shard_capacity": -1}),
-        ("image", {"dtype": "object"}),
-        ("image", {"bands": ["../b"]}),
+        ("image", {"band_sets": [{**SET, "dtype": "object"}]}),
+        ("image", {"band_sets": [{**SET, "bands": ["../b"]}]}),
         ("image", {"num_scales": None}),
     ],
 )

@@ -79,9 +79,12 @@ def truncated(tmp_path):
     [
         (lambda tmp_path: None, "no such folder"),
         (lambda tmp_path: (tmp_path / "scenes").mkdir(), "no scene found"),
-        (folder_of("a.tif", b"just text"), "a: 'scenes/a.tif' not recognized"),
+        (folder_of("a.tif", b"just text"), "scenes/a.tif' not recognized"),
         (truncated, "none of the 1 scenes can be used; the first, a: "),
-        (different_bands, "differ in their number of bands: 3 (scenes/a.tif), 4 (scenes/b.tif)"),
+        (
+            different_bands,
+            "differ in their bands: band_1, band_2, band_3 (a), band_1, band_2, band_3, band_4 (b)",
+        ),
     ],
     ids=["missing folder", "empty folder", "text", "truncated", "different bands"],
 )
@@ -152,8 +155,8 @@ def test_another_configuration_on_the_same_store_is_refused(chip_archive, chip_s
 def test_dry_run_plans_and_writes_nothing(archive, tmp_path, capsys):
     assert aptile("preprocess", archive, tmp_path / "store", "--dry-run", "--json") == 0
     plan = json.loads(capsys.readouterr().out)
-    assert (plan["scenes"], plan["tiles"], plan["shards"]) == (1, 1, 1)
-    assert plan["scored_bands"] == ["band_1", "band_2", "band_3"]
+    assert (plan["inputs"], plan["planned"], plan["tiles"], plan["shards"]) == (1, 1, 1, 1)
+    assert plan["modalities"]["image"]["scored_bands"] == ["band_1", "band_2", "band_3"]
     assert not (tmp_path / "store").exists()
 
 

@@ -49,7 +49,7 @@ def test_the_same_store_by_preprocess_and_by_repartition(chip_archive, store, tm
         assert open_store(fresh).partition("default").rule == open_store(store).partition(name).rule
         rows = open_store(fresh).manifest.to_pylist()
         expected = {"budget": [], "uniform": [np.inf, -np.inf], "fixed": [-np.inf, 2.5]}[name]
-        assert rows[0]["image"]["thresholds"] == expected
+        assert rows[0]["image"]["thresholds"] == [expected]
 
 
 def test_a_mean_is_met(store, capsys):

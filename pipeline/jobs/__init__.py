@@ -1,0 +1,1 @@
+"""Jobs: what reads, scores, writes and commits, as Dask tasks."""

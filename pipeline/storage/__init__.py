@@ -1,0 +1,1 @@
+"""Storage: the layout of a store, its durable objects, its tables."""
