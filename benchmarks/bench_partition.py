@@ -17,13 +17,14 @@ from affine import Affine
 
 sys.path.insert(0, str(Path(__file__).parent))
 from common import arguments, best_seconds, report
-from pipeline.config import PreprocessConfig, RunConfig, load_config
 from pipeline.cut import leaves, splits_by_budget, splits_by_thresholds
 from pipeline.grid import BaseGrid
-from pipeline.job import run_job
+from pipeline.jobs.job import run_job
+from pipeline.jobs.repartition import repartition
 from pipeline.nodes import node_scores
-from pipeline.repartition import repartition
 from pipeline.rules import FurtherRule
+from pipeline.settings.config import PreprocessConfig, RunConfig
+from pipeline.settings.loading import load_config
 
 TILE_PX, CELLS = 64, 16
 

@@ -21,13 +21,14 @@ from matplotlib.image import imread, imsave
 
 from common import arguments, best_seconds, chip, read, report
 from pipeline import segments
+from pipeline.bandstats import BandStats
 from pipeline.cut import leaves, splits_by_budget
 from pipeline.grid import BaseGrid
+from pipeline.jobs.prepare import RANGE_PERCENTILES
 from pipeline.nodes import node_scores
 from pipeline.overlay import stretched
 from pipeline.scorers.config import SCORER_NAMES
 from pipeline.scores import make_scorer, scorer_config
-from pipeline.stats import value_ranges_of
 
 BASE, SCALES = 4, 3
 BUDGET = 0.25  # as many tokens as the uniform grid of 8 px has
@@ -74,7 +75,7 @@ def compare(
     name: str, image: np.ndarray, repeats: int, pictures: Path | None
 ) -> list[dict[str, object]]:
     image = whole_roots(image)
-    ranges = value_ranges_of([image.reshape(len(image), -1)])
+    ranges = BandStats.of(image.reshape(len(image), -1)).value_ranges(*RANGE_PERCENTILES)
     low, high = (np.array(edge)[:, None, None] for edge in zip(*ranges, strict=True))
     unit = np.clip((image - low) / (high - low), 0, 1)
     grid = BaseGrid(image.shape[1] // BASE, image.shape[2] // BASE, BASE, SCALES)

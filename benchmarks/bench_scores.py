@@ -18,7 +18,6 @@ from affine import Affine
 
 sys.path.insert(0, str(Path(__file__).parent))
 from common import arguments, best_seconds, chip, read, report
-from pipeline.archive import open_raster
 from pipeline.grid import BaseGrid
 from pipeline.quadtree import partition_scales
 from pipeline.scorers.binning import bin_indices
@@ -55,8 +54,7 @@ def decoding_seconds(image: np.ndarray, repeats: int) -> float:
             raster.write(image)
 
         def decode() -> None:
-            with open_raster(str(path)) as raster:
-                raster.read()
+            read(path)
 
         return best_seconds(decode, repeats)
 

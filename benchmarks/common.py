@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 import spyndex
 
-from pipeline.archive import open_raster
+from pipeline.locations import as_root
+from pipeline.readers.rasters import open_raster
+from pipeline.scenes import Access
 
 
 def arguments(description: str, scenes: bool = False, pictures: bool = False) -> argparse.Namespace:
@@ -34,7 +36,7 @@ def chip() -> np.ndarray:
 
 def read(path: Path) -> np.ndarray:
     """A whole raster, [band, y, x]."""
-    with open_raster(str(path)) as raster:
+    with open_raster(str(path), Access((as_root(str(path.parent)),))) as raster:
         return raster.read()
 
 
