@@ -1,8 +1,9 @@
-"""Listing a large stac-geoparquet catalogue: time and peak memory in a process of its own.
+"""Planning a job over a large stac-geoparquet catalogue: time and peak memory in a process of its own.
 
-Items have 12 assets like those of a Sentinel-2 catalogue, each with grid, type, scale, checksum and size,
-so that no raster is opened. In the first catalogue 2,000 tiles share their grids, in the second every
-item has grids of its own. `peak MiB` counts the whole process, interpreter and libraries included.
+Listing alone, then the whole plan of `aptile preprocess --dry-run`: places, timesteps, tiles, slots. Items
+have 12 assets like those of a Sentinel-2 catalogue, each with grid, type, scale, checksum and size, so
+that no raster is opened. In the first catalogue 2,000 places share their grids, in the second every item
+has grids of its own. `peak MiB` counts the whole process, interpreter and libraries included.
 """
 
 import multiprocessing
@@ -18,7 +19,9 @@ import pyarrow.parquet as pq
 
 sys.path.insert(0, str(Path(__file__).parent))
 from common import arguments, report
+from pipeline.planning.inputs import plan_job
 from pipeline.scenes import Access
+from pipeline.settings.config import PreprocessConfig
 from pipeline.settings.modality import ModalityConfig
 from pipeline.sources.stac import list_stac
 
@@ -54,7 +57,7 @@ def row(number: int, tiles: int, rng: np.random.Generator) -> dict[str, object]:
         "datetime": moment.item(),
         "updated": f"{moment}Z",
         "proj:epsg": 32600 + zone,
-        "grid:code": f"MGRS-{zone:02d}UAB",
+        "grid:code": f"MGRS-{zone:02d}U{tile // 60:04d}",
         "s2:processing_baseline": "05.09",
         "earthsearch:boa_offset_applied": bool(number % 2),
         "assets": {
@@ -92,21 +95,38 @@ def listing(path: str) -> tuple[int, float, float]:
     return len(scenes), seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
+def planning(path: str) -> tuple[int, float, float]:
+    """Tiles, seconds and peak MiB of planning a job over one table."""
+    sets = {f"{m}m": [b for b, own in RESOLUTIONS_M.items() if own == m] for m in (10, 20, 60)}
+    content = {
+        "modality": {"name": "s2", "bands": list(RESOLUTIONS_M), "band_sets": sets},
+        "scoring": {"bands": ["blue", "green", "red"]},
+        "store": {"tile_size_px": 192},
+        "run": {"allow": [ROOT]},
+    }
+    config = PreprocessConfig.model_validate(content)
+    begin = time.perf_counter()
+    job = plan_job(path, config)
+    seconds = time.perf_counter() - begin
+    assert not job.refused
+    return len(job.plan.tiles), seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
 def main() -> None:
     args = arguments(__doc__)
     items = 200 if args.quick else 100_000
     rows = []
-    for what, tiles in (("2,000 tiles", 2000), ("every item its own grids", items)):
-        with (
-            tempfile.TemporaryDirectory() as folder,
-            multiprocessing.get_context("spawn").Pool(1) as pool,
-        ):
+    for what, tiles in (("2,000 places", 2000), ("every item its own place", items)):
+        with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "items.parquet"
             write_table(path, items, tiles)
-            scenes, seconds, peak = pool.apply(listing, (str(path),))
-        assert scenes == items
-        figures = {"seconds": seconds, "items/s": items / seconds, "peak MiB": peak}
-        rows.append({"catalogue": f"{items:,} items of 12 assets, {what}", **figures})
+            for step in (listing, planning) if tiles <= 2000 else (listing,):
+                with multiprocessing.get_context("spawn").Pool(1) as pool:
+                    number, seconds, peak = pool.apply(step, (str(path),))
+                row = {"catalogue": f"{items:,} items of 12 assets, {what}", "step": step.__name__}
+                unit = "scenes" if step is listing else "tiles"
+                figures = {"seconds": seconds, "items/s": items / seconds, "peak MiB": peak}
+                rows.append({**row, "result": f"{number:,} {unit}", **figures})
     report(rows, args.json)
 
 
