@@ -4,7 +4,9 @@ Archives are untrusted: a catalogue or a link may point anywhere. Every path and
 the roots the user gave before anything opens it.
 """
 
+import errno
 import importlib
+import os
 import posixpath
 from pathlib import Path
 from typing import Any
@@ -82,14 +84,16 @@ def file_fingerprint(href: str) -> str:
 
 
 def reason_of(error: BaseException) -> str:
-    """Why something could not be read, on one line, from the error that the others go back to."""
-    while (below := error.__cause__ or error.__context__) is not None:
-        error = below
-    # Remote file systems have the address as the whole text; local ones repeat the path.
-    text = getattr(error, "strerror", None) if isinstance(error, OSError) else str(error)
+    """Why something could not be read, on one line: what the system said, where that is behind it."""
+    behind: BaseException | None = error
+    while behind is not None:
+        # Clients wrap what the system said in texts of their own, or in the bare address.
+        error = behind if isinstance(behind, OSError) else error
+        behind = behind.__cause__ or behind.__context__
     if isinstance(error, FileNotFoundError):
-        text = "there is no such file"
-    return " ".join((text or str(error) or type(error).__name__).split())[:300]
+        return os.strerror(errno.ENOENT)
+    text = (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
+    return " ".join(text.split())[:300]
 
 
 def _scheme(location: str) -> str:

@@ -71,6 +71,8 @@ def preprocess_archive(source: str, store: Path, settings: PreprocessConfig) -> 
     """Run the job with a progress bar, and say what came of it."""
     with progress_bar("tiles") as bar:
         report = run_job(source, store, settings, ShardProgress(bar, "preprocess"))
+    for text in report.notes:
+        note(f"note: {text}")
     for word, reasons in (
         ("quarantined", report.quarantined),
         ("skipped", report.skipped),
@@ -101,6 +103,7 @@ def _as_json(report: JobReport) -> dict[str, object]:
         "quarantined": report.quarantined,
         "skipped": report.skipped,
         "findings": report.findings,
+        "notes": list(report.notes),
         "tiles": report.tiles,
         "tiles_left_out": report.tiles_left_out,
         "frames_left_out": report.frames_left_out,

@@ -38,7 +38,7 @@ from pipeline.store import Store
 class JobReport:
     """What a job came to: `inputs = done + len(quarantined) + len(skipped)`, always.
 
-    `findings` are remarks on scenes that are in the store. `tiles_left_out` and `frames_left_out` count
+    `findings` are remarks on scenes that are in the store, `notes` on what was decided in this run. `tiles_left_out` and `frames_left_out` count
     those with too few valid pixels; `splits` counts tiles by split, and `shards_written` this run's
     shards: 0 means that the store was complete already.
     """
@@ -48,6 +48,7 @@ class JobReport:
     quarantined: dict[str, str]
     skipped: dict[str, str]
     findings: dict[str, str]
+    notes: tuple[str, ...]
     tiles: int
     tiles_left_out: int
     frames_left_out: int
@@ -124,7 +125,7 @@ def _complete(store: Path, job: Job, observer: Observer) -> JobReport:
             ledger.append(row)
             observer.shard_done(len(plan.tile_range(row["shard"])))
     summary = _commit(store, job, ledger, Store(store, header, {}))
-    return _report(store, ledger, summary, len(todo))
+    return _report(store, ledger, summary, len(todo), (*job.notes, *job.facts.notes))
 
 
 def _commit(store: Path, job: Job, ledger: Ledger, opened: Store) -> dict[str, Any]:
@@ -194,13 +195,20 @@ def _finished_report(store: Path) -> JobReport | None:
     return None if commit is None else _report(store, Ledger.read(store), commit["summary"], 0)
 
 
-def _report(store: Path, ledger: Ledger, summary: dict[str, Any], written: int) -> JobReport:
+def _report(
+    store: Path,
+    ledger: Ledger,
+    summary: dict[str, Any],
+    written: int,
+    notes: tuple[str, ...] = (),
+) -> JobReport:
     return JobReport(
         store=store,
         inputs=summary["inputs"],
         quarantined=ledger.quarantined(),
         skipped=ledger.with_status(SKIPPED),
         findings=ledger.findings(),
+        notes=notes,
         tiles=summary["tiles"],
         tiles_left_out=summary["tiles_left_out"],
         frames_left_out=summary["frames_left_out"],

@@ -15,12 +15,12 @@ from pipeline.georef import ground_sample_distance
 from pipeline.jobs.reading import SceneSource, sample_tiles
 from pipeline.planning.inputs import Job, require_scenes
 from pipeline.planning.plan import ModalityPlan
-from pipeline.scenes import Access
+from pipeline.scenes import Access, Scene
 from pipeline.settings.canonical import plain
 from pipeline.storage.commit import LEDGER
 from pipeline.storage.header import modality_header
 from pipeline.storage.layout import FORMAT_VERSION, create_arrays
-from pipeline.storage.ledger import PLANNED, REFUSED, SKIPPED, Ledger
+from pipeline.storage.ledger import PLANNED, PLANNED_FACTS, REFUSED, SKIPPED, Ledger
 
 # Tiles, spread over the archive, from which a value range is estimated.
 _RANGE_SAMPLE_TILES = 64
@@ -148,14 +148,25 @@ def _file_rows(job: Job) -> list[dict[str, Any]]:
 def _scene_rows(job: Job) -> list[dict[str, Any]]:
     rows = []
     for modality, ids in job.inputs.items():
-        for scene in ids:
+        planned = {scene.id: scene for scene in job.plan.modalities[modality].scenes}
+        for name in ids:
             status, reason = PLANNED, None
-            if scene in job.refused:
-                status, reason = REFUSED, job.refused[scene]
-            elif scene in job.skipped:
-                status, reason = SKIPPED, job.skipped[scene]
-            rows.append({"scene": scene, "modality": modality, "status": status, "reason": reason})
+            if name in job.refused:
+                status, reason = REFUSED, job.refused[name]
+            elif name in job.skipped:
+                status, reason = SKIPPED, job.skipped[name]
+            row = {"scene": name, "modality": modality, "status": status, "reason": reason}
+            rows.append({**row, **_as_planned(planned.get(name))})
     return rows
+
+
+def _as_planned(scene: Scene | None) -> dict[str, Any]:
+    """What was decided about one scene, for the record."""
+    if scene is None:
+        return dict.fromkeys(PLANNED_FACTS)
+    ways = {asset.resampling for asset in scene.assets if asset.warp_onto is not None}
+    facts = (scene.datetime, scene.baseline, scene.shift, ways.pop() if ways else None)
+    return dict(zip(PLANNED_FACTS, facts, strict=True))
 
 
 def _version(package: str) -> str | None:

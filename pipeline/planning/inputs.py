@@ -147,7 +147,7 @@ class _Found:
                 continue
             first, reason = next(iter(sorted(self.reasons(name).items())), (name, "there is none"))
             raise ArchiveError(
-                f"modality {name} has no scene that belongs to one of the first modality; the first, "
+                f"modality {name} has no scene where modality {next(iter(self.ids))} has one; its first, "
                 f"{first}: {reason}"
             )
 
@@ -171,12 +171,13 @@ def require_scenes(archive: str, inputs: int, usable: int, reasons: dict[str, st
 def _refuse_static_series(config: DataConfig, stacks: Sequence[Stack]) -> None:
     """Raise ArchiveError where the first modality is static, but a place has scenes of several dates."""
     lead = config.all_modalities()[0]
-    series = next((stack for stack in stacks if len(stack.datetimes) > 1), None)
-    if lead.config.static and series is not None:
-        raise ArchiveError(
-            f"modality {lead.name} is static, but place {series.name} has scenes of "
-            f"{len(series.datetimes)} dates; leave static out, or keep one scene per place"
-        )
+    for stack in stacks if lead.config.static else ():
+        dates = [scene.datetime for scene in stack.scenes[lead.name] if scene is not None]
+        if len(dates) > 1:
+            raise ArchiveError(
+                f"modality {lead.name} is static, but place {stack.name} has scenes of {len(dates)} dates, "
+                f"such as {dates[0]} and {dates[1]}; leave static out, or keep one scene per place"
+            )
 
 
 def _refuse_store(archive: str) -> None:

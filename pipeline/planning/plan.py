@@ -285,6 +285,6 @@ def _check_budget(settings: ModalitySettings, tile_px: int) -> None:
     if budget is not None and not least <= budget <= most:
         raise ArchiveError(
             f"partition.tokens_per_tile of modality {settings.name} is {budget}, but a tile of {tile_px} "
-            f"px has {least} patches of {rule.root_size_px} px to {most} of {rule.base_patch_size} px; give a "
-            "number between them"
+            f"px has {least} patches of {rule.root_size_px} px to {most} of {rule.base_patch_size} px; "
+            "give a number between them"
         )

@@ -63,8 +63,8 @@ def assign_splits(
     assert given is not None
     if len(given) and not any(given):
         raise ArchiveError(
-            f"splits.by is {config.by}, but it gives no scene a split; write {{split}} into modality.pattern, "
-            "or fill splits.csv"
+            f"splits.by is {config.by}, but it gives no scene a split; write {{split}} into "
+            "modality.pattern, or fill splits.csv"
         )
     return list(given)
 

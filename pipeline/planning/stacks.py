@@ -386,8 +386,10 @@ def _chronological(scene: Scene) -> tuple[str, str]:
 
 def _other_grid(own: Grid, place: str, grid: Grid) -> str:
     known = own.crs is not None and grid.crs is not None
-    advice = "set grid.warp to resample it" if known else "without a CRS nothing can be resampled"
+    advice = (
+        "set grid.warp to resample it, or" if known else "it cannot be resampled without a CRS:"
+    )
     return (
-        f"lies on another grid ({own.in_words()}) than {place} ({grid.in_words()}); {advice}, or keep "
-        "scenes of one grid"
+        f"lies on another grid ({own.in_words()}) than {place} ({grid.in_words()}); {advice} keep scenes "
+        "of one grid"
     )

@@ -274,7 +274,7 @@ class DataConfig(Frozen):
             raise ValueError(
                 f"the first modality, {first.name}, is a label; name one of images first"
             )
-        self._check_useful(first)
+        self._check_useful()
         if len(self.all_modalities()) == 1 and self.pairing.tolerance_days is not None:
             raise ValueError("pairing.tolerance_days has no effect with a single modality")
         tile, rule = self.store.tile_size_px, first.partition
@@ -286,23 +286,14 @@ class DataConfig(Frozen):
             )
         return self
 
-    def _check_useful(self, first: ModalitySettings) -> None:
+    def _check_useful(self) -> None:
         """Raise ValueError for settings of a modality that have no effect in this configuration."""
-        others = [settings.config for settings in self.all_modalities()[1:]]
-        if first.config.static and not all(other.static for other in others):
-            raise ValueError(
-                f"the first modality, {first.name}, is static, but its dates are the timesteps; name one "
-                "with dates first"
-            )
-        for modality in (first.config, *others):
-            if (
-                modality.kind == "image"
-                and modality.resampling != "bilinear"
-                and not self.grid.warp
-            ):
+        for modality in (settings.config for settings in self.all_modalities()):
+            given = modality.resampling if modality.kind == "image" else "bilinear"
+            if given != "bilinear" and not self.grid.warp:
                 raise ValueError(
-                    f"resampling {modality.resampling} of modality {modality.name} has no effect without "
-                    "grid.warp; set it, or leave resampling out"
+                    f"resampling {given} of modality {modality.name} has no effect without grid.warp; "
+                    "set it, or leave resampling out"
                 )
 
     def all_modalities(self) -> tuple[ModalitySettings, ...]:

@@ -112,7 +112,7 @@ def _parse_override(text: str) -> Content:
     except yaml.YAMLError:
         raise ConfigError(
             f"--set {text!r}: the value is not YAML; text with braces or brackets needs quotes of its own, "
-            f"as in --set '{key}=\"{{date}}.tif\"'"
+            "as in --set 'modality.pattern=\"{date}.tif\"'"
         ) from None
     for part in reversed(parts):
         parsed = {part: parsed}

@@ -232,7 +232,7 @@ class _Chooser:
             return _listed(images)
         inside = [path for path in self.file.arrays() if path.startswith(self.group)]
         return (
-            f"no arrays with rows and columns in group {self.group or '/'}, but {_listed(inside)}"
+            f"no images in group {self.group or '/'}, but {_listed(inside)}"
             if inside
             else "no arrays"
         )

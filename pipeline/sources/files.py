@@ -146,7 +146,9 @@ def fingerprint_of(location: str, access: Access) -> str:
     try:
         return file_fingerprint(signed(location, access))
     except Exception as error:  # drivers of remote stores have errors of their own
-        raise ArchiveError(f"{location}: cannot be reached: {reason_of(error)}") from None
+        raise ArchiveError(
+            f"{location}: cannot be reached: {reason_of(error)}; check the path or address"
+        ) from None
 
 
 def relative(href: str, root: str) -> str:

@@ -186,7 +186,7 @@ def _refuse_nothing(
     other = next((name for name in others if suffix(name) in _CATALOGUES_AND_CUBES), None)
     advice = f"; give {other} as the source if it is a catalogue or data cube" if other else ""
     if others and not other:
-        advice = f"; it holds {others[0]}, which is none"
+        advice = f"; it holds {others[0]}, which is not read"
     raise ArchiveError(
         f"{location}: no scene found; expected files ending in {', '.join(SUFFIXES)}{advice}"
     )

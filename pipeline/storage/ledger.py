@@ -8,6 +8,9 @@ from typing import Any
 from pipeline.storage.commit import LEDGER, append_row, encode_rows, read_rows, write_object
 
 PLANNED, REFUSED, SKIPPED = "planned", "refused", "skipped"
+# What the row of a planned scene says besides; null in those of others.
+PLANNED_FACTS = ("datetime", "baseline", "shift", "resampling")
+_INPUT = ("scene", "modality", "status", "reason", *PLANNED_FACTS)
 
 
 @dataclass
@@ -15,8 +18,8 @@ class Ledger:
     """Rows, written when the job is planned:
 
     - `{"file": name, "modality", "fingerprint"}` for every file the plan depends on;
-    - `{"scene": id, "modality", "status": planned, refused or skipped, "reason": text or null}` for
-      every input;
+    - `{"scene": id, "modality", "status": planned, refused or skipped, "reason": text or null, "datetime",
+      "baseline", "shift", "resampling"}` for every input;
 
     and for every finished shard `{"shard": k, "objects": {path: {bytes, sha256}}, "failed": {scene:
     reason}, "findings": {scene: text}, "thresholds": {modality: {scene number: [...]}}, "left_out":
@@ -88,4 +91,4 @@ class Ledger:
         elif "file" in row:
             self.files.append({key: row[key] for key in ("file", "modality", "fingerprint")})
         else:
-            self.scenes.append({key: row[key] for key in ("scene", "modality", "status", "reason")})
+            self.scenes.append({key: row[key] for key in _INPUT})

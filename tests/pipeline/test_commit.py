@@ -18,9 +18,10 @@ from pipeline.storage.commit import (
 from pipeline.storage.ledger import Ledger
 
 FILES = [{"file": "a.tif", "modality": "image", "fingerprint": "1-1"}]
+UNKNOWN = {"datetime": None, "baseline": None, "shift": None, "resampling": None}
 SCENES = [
-    {"scene": "a", "modality": "image", "status": "planned", "reason": None},
-    {"scene": "z", "modality": "image", "status": "skipped", "reason": "not asked for"},
+    {"scene": "a", "modality": "image", "status": "planned", "reason": None, **UNKNOWN},
+    {"scene": "z", "modality": "image", "status": "skipped", "reason": "not asked for", **UNKNOWN},
 ]
 
 
@@ -76,9 +77,7 @@ def test_the_canonical_ledger_does_not_depend_on_the_order_of_work(tmp_path):
 
 
 def test_quarantined_scenes_of_planning_and_of_shards(ledger):
-    ledger.scenes.append(
-        {"scene": "c", "modality": "image", "status": "refused", "reason": "no raster"}
-    )
+    ledger.scenes.append({**SCENES[0], "scene": "c", "status": "refused", "reason": "no raster"})
     ledger.append(shard_row(0, failed={"a": "truncated"}))
     assert ledger.quarantined() == {"a": "truncated", "c": "no raster"}
 
