@@ -108,9 +108,7 @@ class Page:
             header, _, *rows = [
                 [cell.strip() for cell in line.strip("|").split("|")] for line in lines.splitlines()
             ]
-            found.append(
-                [{k: v for k, v in zip(header, row, strict=True) if v} for row in rows]
-            )
+            found.append([{k: v for k, v in zip(header, row, strict=True) if v} for row in rows])
         return found
 
     def _run(self, line: str) -> Done:
@@ -171,7 +169,7 @@ def write_band_files(source: Path, archive: Path) -> None:
     """The older chips, a file per band: 10 m as they are, 20 and 60 m as every second or sixth pixel."""
     for name in OLDER:
         with rasterio.open(source / f"{name}.tif") as raster:
-            crs, transform = raster.crs, raster.transform
+            crs, corner = raster.crs, (raster.transform.c, raster.transform.f)
         pixels = read(source / f"{name}.tif")[:, :180, :180]
         for band, grid in [(b, g) for g, bands in GRIDS.items() for b in bands] + [("B02", "20m")]:
             step = int(grid[:2]) // 10
@@ -179,7 +177,7 @@ def write_band_files(source: Path, archive: Path) -> None:
                 archive / f"{name.replace('patch_', 'T')}_20230701T081609_{band}_{grid}.tif",
                 pixels[[L2A.index(band)], ::step, ::step],
                 crs=crs,
-                transform=transform * Affine.scale(step),
+                transform=Affine(10 * step, 0, corner[0], 0, -10 * step, corner[1]),
             )
 
 
@@ -217,7 +215,10 @@ def months(archive: Path, modality: str, scene: str) -> Planes:
     config = yaml.safe_load((HOW_TO / "worldcereal.yaml").read_text())["modalities"][modality]
     names = [config.get("assets", {}).get(band, band) for band in config["bands"]]
     when = f"{scene.split('@')[1]}Z" if "@" in scene else "20201101T000000Z"
-    step = [f"{np.datetime_as_string(t, 's').replace('-', '').replace(':', '')}Z" for t in dataset.t.values]
+    step = [
+        f"{np.datetime_as_string(t, 's').replace('-', '').replace(':', '')}Z"
+        for t in dataset.t.values
+    ]
     pixels = np.stack([dataset[name].values[step.index(when)] for name in names]).view(np.uint16)
     return {"": (pixels, (pixels != 65535).all(axis=0))}
 
