@@ -303,7 +303,7 @@ class Store:
             self._arrays[name] = ts.open(
                 {
                     "driver": "zarr3",
-                    "kvstore": {"driver": "file", "path": str(self.path.absolute() / name) + "/"},
+                    "kvstore": {"driver": "file", "path": str(self.path.resolve() / name) + "/"},
                     "recheck_cached_metadata": False,
                     "recheck_cached_data": False,
                 },

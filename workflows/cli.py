@@ -1,5 +1,6 @@
 """The `aptile` command: parse, one call, exit code. Each command lives in its own module."""
 
+import os
 import sys
 from collections.abc import Callable
 from importlib.metadata import version
@@ -42,7 +43,13 @@ for _command, _help in (
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit with its code."""
-    sys.exit(run(lambda: app(arguments, exit_on_error=False, print_error=False)))
+    code = run(lambda: app(arguments, exit_on_error=False, print_error=False))
+    if code == EXIT_INTERRUPTED:
+        # Python would wait for threads that wait for a server.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def run(command: Callable[[], Any]) -> int:

@@ -38,9 +38,9 @@ from pipeline.store import Store
 class JobReport:
     """What a job came to: `inputs = done + len(quarantined) + len(skipped)`, always.
 
-    `findings` are remarks on scenes that are in the store, `notes` on what was decided in this run. `tiles_left_out` and `frames_left_out` count
-    those with too few valid pixels; `splits` counts tiles by split, and `shards_written` this run's
-    shards: 0 means that the store was complete already.
+    `findings` are remarks on scenes that are in the store, `notes` on what was decided in this run.
+    `tiles_left_out` and `frames_left_out` count those with too few valid pixels; `splits` counts tiles by
+    split, and `shards_written` this run's shards: 0 means that the store was complete already.
     """
 
     store: Path

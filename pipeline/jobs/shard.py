@@ -20,7 +20,7 @@ from pipeline.rules import (
     quantile_thresholds,
     uniform_thresholds,
 )
-from pipeline.scenes import Access, Scene
+from pipeline.scenes import Access, Scene, asset_of
 from pipeline.scorers.config import ExternalConfig
 from pipeline.scores import countable, make_scorer
 from pipeline.settings.config import ModalitySettings, ValidityConfig
@@ -263,7 +263,7 @@ def _strips(
     Tiles come grouped by blocks (`pipeline.planning.plan.tile_order`). A strip is a run of them inside one
     row of blocks, cut where its window would grow beyond `_WINDOW_BYTES`.
     """
-    block_rows = scene.assets[0].block_shape[0]
+    block_rows = asset_of(scene, layout.bands[0])[0].block_shape[0]
     group_rows = max(1, block_rows // layout.band_sets[0].tile_size_px)
     rows, cols = task.rows[frames["tile"]], task.cols[frames["tile"]]
     start = 0

@@ -213,7 +213,7 @@ def _used(stacks: Sequence[Stack], modality: str) -> tuple[Scene, ...]:
 
 def _stack_tiles(index: int, stack: Stack, config: DataConfig) -> np.ndarray:
     lead = next(scene for scene in next(iter(stack.scenes.values())) if scene is not None)
-    block = lead.assets[0].block_shape
+    block = max(lead.assets, key=lambda a: a.grid.height * a.grid.width).block_shape
     order = tile_order(stack.grid.height, stack.grid.width, config.store.tile_size_px, block)
     tiles = np.empty(len(order), TILE)
     tiles["stack"] = index

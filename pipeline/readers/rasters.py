@@ -41,6 +41,10 @@ GDAL_OPTIONS = {
     # Sidecars (.aux.xml, .msk, .tfw) may lead to other files and drivers: only the file itself counts.
     "GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR",
     "GDAL_PAM_ENABLED": "NO",
+    # A server that does not answer, or sends nothing any more, is not waited for without end.
+    "GDAL_HTTP_CONNECTTIMEOUT": "30",
+    "GDAL_HTTP_LOW_SPEED_TIME": "60",
+    "GDAL_HTTP_LOW_SPEED_LIMIT": "1",
 }
 
 logging.getLogger("rasterio").setLevel(logging.CRITICAL)

@@ -7,6 +7,8 @@ Nothing is opened here. A location is an absolute path or a URL (`pipeline.locat
 import fnmatch
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -63,6 +65,16 @@ class Found:
     files: list[RasterFile] = field(default_factory=list)
     refused: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+
+
+@contextmanager
+def waiting_threads(count: int) -> Iterator[ThreadPoolExecutor]:
+    """Threads that wait for servers; whoever leaves by an error or Ctrl-C does not wait for them."""
+    pool = ThreadPoolExecutor(count)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def find_rasters(location: str, archive_root: str, access: Access) -> Found:

@@ -7,7 +7,6 @@ file with the band cut out (`pipeline.sources.names.without_band`).
 
 import warnings
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +27,7 @@ from pipeline.sources.files import (
     is_file,
     relative,
     suffix,
+    waiting_threads,
     without_suffix,
 )
 from pipeline.sources.names import NamePattern, format_regex, parse_datetime, printable
@@ -223,7 +223,7 @@ def _outcomes(candidates: Sequence[Candidate], rules: _Rules, *, remote: bool) -
     if not remote:
         return [outcome(candidate) for candidate in candidates]
     # Filters that threads set and reset are shared by all: set once around them, they stay the same.
-    with warnings.catch_warnings(), ThreadPoolExecutor(_REMOTE_THREADS) as pool:
+    with warnings.catch_warnings(), waiting_threads(_REMOTE_THREADS) as pool:
         warnings.simplefilter("ignore", NotGeoreferencedWarning)
         return list(pool.map(outcome, candidates))
 

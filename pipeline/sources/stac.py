@@ -9,7 +9,6 @@ import gc
 import hashlib
 import warnings
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +21,7 @@ from pipeline.locations import is_url, join
 from pipeline.readers.rasters import RasterHeader, read_header
 from pipeline.scenes import Access, Listing, Scene
 from pipeline.settings.modality import ModalityConfig
+from pipeline.sources.files import waiting_threads
 from pipeline.sources.stac_api import is_search, search_items
 from pipeline.sources.stac_choice import in_asset
 from pipeline.sources.stac_facts import shown
@@ -263,7 +263,7 @@ class _Listed:
             except SceneError as error:
                 return str(error)
 
-        with warnings.catch_warnings(), ThreadPoolExecutor(_HEADER_THREADS) as pool:
+        with warnings.catch_warnings(), waiting_threads(_HEADER_THREADS) as pool:
             # Filters belong to the process: readers in threads that each set them would undo each other's.
             warnings.simplefilter("ignore", NotGeoreferencedWarning)
             results = pool.map(opened, self.drafts.values())

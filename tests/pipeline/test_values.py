@@ -1,5 +1,7 @@
 """What becomes of pixels on their way into a store: masks, borders, baselines, ranges, other grids."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import yaml
@@ -190,6 +192,15 @@ def test_a_scene_that_changes_while_the_job_runs_is_quarantined(write_scene, tmp
     report = run_job(str(tmp_path / "archive"), store, config, Overwriting())
     assert list(report.quarantined) == ["late"]
     assert "was changed since the job was planned" in report.quarantined["late"]
+
+
+def test_paths_may_lead_upwards(write_scene, tmp_path, monkeypatch):
+    write_scene("a.tif", textured((1, 64, 64)))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    config = load_config(PreprocessConfig, None, ["run.workers=1"])
+    run_job("../archive", Path("../store"), config, Watching())
+    assert open_store("../elsewhere/../store").tile("a/r0c0").valid.sum() == 64 * 64
 
 
 def test_planning_reads_no_pixels(write_scene, tmp_path, monkeypatch):
