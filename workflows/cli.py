@@ -67,6 +67,11 @@ def run(command: Callable[[], Any]) -> int:
     except CycloptsError as error:
         message = " ".join(str(error).split())
         return _complain(f"{message} See `aptile --help`.", EXIT_USAGE)
+    except PermissionError as error:
+        return _complain(
+            f"{error.filename}: {error.strerror}; change who may use it, or give another path",
+            EXIT_USAGE,
+        )
     except KeyboardInterrupt:
         return _complain(
             "interrupted; nothing is lost, run the same command again to go on", EXIT_INTERRUPTED

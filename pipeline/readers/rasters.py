@@ -185,4 +185,6 @@ def _reason(error: Exception) -> str:
     text = " ".join(str(error).split())
     if text.endswith("not recognized as being in a supported file format."):
         return f"{text.rstrip('.')}; it is damaged or of another kind than its name says"
+    if text.startswith("TIFF") or "IReadBlock failed" in text:
+        return f"its pixels cannot be read, so it is damaged: {text}; copy it again"
     return text or type(error).__name__

@@ -108,9 +108,9 @@ def _has_zarr_metadata(location: str, access: Access) -> bool:
     if split_glob(location)[1] or is_file(location):
         return False
     places = (f"{location.rstrip('/')}/{name}" for name in _ZARR_METADATA)
-    if not is_url(location):
-        return any(Path(place).is_file() for place in places)
     try:
+        if not is_url(location):
+            return any(Path(place).is_file() for place in places)
         systems = (fsspec.core.url_to_fs(signed(place, access)) for place in places)
         return any(system.exists(path) for system, path in systems)
     except Exception:  # what cannot be reached is reported by the source that tries to list it

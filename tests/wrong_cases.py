@@ -1,0 +1,400 @@
+"""Archives, configurations and calls that are wrong, by the words of docs/wrong-inputs.md for each."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import yaml
+from affine import Affine
+
+from support import aptile, save_scene, textured
+
+DEAD = "http://127.0.0.1:9"  # nobody listens at port 9
+ARCHIVE = Path("ARCHIVE")
+
+
+@dataclass(frozen=True)
+class Case:
+    """What lies where, and what is called; the folder ARCHIVE is the source unless said otherwise."""
+
+    makes: tuple[Callable[[], Any], ...] = ()
+    config: dict[str, Any] = field(default_factory=dict)
+    options: tuple[str, ...] = ()
+    source: str = "ARCHIVE"
+    store: str = "STORE"
+    is_finished: bool = False
+
+    def prepare(self, finished: Path) -> None:
+        """Make all of it here; with `is_finished`, beside the archive and store that are there."""
+        for name in ("ARCHIVE", "STORE") if self.is_finished else ():
+            shutil.copytree(finished / name, name)
+        for make in self.makes:
+            make()
+        if self.config:
+            Path("CONFIG").write_text(yaml.safe_dump(self.config, sort_keys=False))
+
+    def run(self) -> int:
+        chosen = ["--config", "CONFIG"] if Path("CONFIG").exists() else []
+        return aptile("preprocess", self.source, self.store, *chosen, *self.options)
+
+
+def wrong(
+    *makes: Callable[[], Any],
+    options: tuple[str, ...] = (),
+    source: str = "ARCHIVE",
+    store: str = "STORE",
+    is_finished: bool = False,
+    **config: Any,
+) -> Case:
+    """A case whose further arguments are the sections of its configuration."""
+    return Case(makes, config, options, source, store, is_finished)
+
+
+def at(x: float = 500_000, px: float = 10) -> Affine:
+    return Affine(px, 0, x, 0, -px, 5_000_000)
+
+
+def tif(
+    name: str = "a.tif", bands: int = 3, size: int = 64, dtype: str = "uint16", **options: Any
+) -> Callable[[], Path]:
+    """A scene whose pixels follow from its name."""
+
+    def make() -> Path:
+        pixels = textured((bands, size, size), sum(name.encode()))
+        return save_scene(ARCHIVE / name, pixels.astype(dtype), **options)
+
+    return make
+
+
+def empty(name: str) -> None:
+    save_scene(ARCHIVE / name, np.zeros((1, 64, 64), np.uint8), nodata=0)
+
+
+def torn(name: str) -> None:
+    path = tif(name, compress="deflate")()
+    path.write_bytes(path.read_bytes()[:3000])
+
+
+def text(name: str, content: str | bytes = "") -> Callable[[], Any]:
+    def make() -> None:
+        path = ARCHIVE / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+    return make
+
+
+def config_text(content: str) -> Callable[[], Any]:
+    return text("../CONFIG", content)
+
+
+def item(name: str = "one", href: str | None = None, day: int = 1, **stated: Any) -> dict[str, Any]:
+    """A STAC item of one file of 64 x 64 px."""
+    asset = {
+        "href": href or f"{name}.tif",
+        "proj:shape": [64, 64],
+        "proj:transform": list(at())[:6],
+        "raster:bands": [{"data_type": stated.pop("data_type", "uint16")}],
+        **stated,
+    }
+    properties = {"datetime": f"2023-07-{day:02}T00:00:00Z", "proj:epsg": 32632}
+    return {
+        "type": "Feature", "stac_version": "1.0.0", "id": name, "geometry": None, "links": [],
+        "properties": properties, "assets": {"B02": asset},
+    }  # fmt: skip
+
+
+def items(*members: dict[str, Any]) -> Callable[[], Any]:
+    return text("items.json", json.dumps({"type": "FeatureCollection", "features": members}))
+
+
+def netcdf(
+    dims: tuple[str, str] = ("y", "x"), x: np.ndarray | None = None, dtype: str = "uint16"
+) -> Callable[[], None]:
+    def make() -> None:
+        ARCHIVE.mkdir()
+        with h5py.File(ARCHIVE / "cube.nc", "w") as file:
+            image = file.create_dataset("B02", data=np.ones((64, 64), dtype))
+            steps = np.arange(64) * 10.0
+            for number, values in enumerate((-steps, steps if x is None else x)):
+                scale = file.create_dataset(dims[number], data=values)
+                scale.make_scale(dims[number])
+                image.dims[number].attach_scale(scale)
+
+    return make
+
+
+def zarr(**stated: Any) -> Callable[[], Any]:
+    """The metadata of one Zarr array; no chunk is needed to refuse it."""
+    array = {
+        "zarr_format": 2, "shape": [64, 64], "chunks": [64, 64], "dtype": "<u2", "fill_value": 0,
+        "order": "C", "compressor": None, "filters": None, **stated,
+    }  # fmt: skip
+    files = {
+        ".zgroup": {"zarr_format": 2},
+        "B02/.zarray": array,
+        "B02/.zattrs": {"_ARRAY_DIMENSIONS": ["y", "x"]},
+    }
+    return lambda: [text(f"cube.zarr/{name}", json.dumps(c))() for name, c in files.items()]
+
+
+def other_modality(**options: Any) -> tuple[Callable[[], Path], ...]:
+    return tif("s2/a.tif"), tif("dem/a.tif", 1, dtype="float32", **options)
+
+
+NATIVE = (
+    tif("T_B02.tif", 1, 60), tif("T_B05.tif", 1, 30, transform=at(px=20)),
+    tif("T_B01.tif", 1, 10, transform=at(px=60)),
+)  # fmt: skip
+NATIVE_MODALITY = {"bands": ["B02", "B05", "B01"], "pattern": "{tile}_{band}.tif"}
+NATIVE_SETS = {"band_sets": {"10m": ["B02"], "20m": ["B05"], "60m": ["B01"]}}
+RGB = ["red", "green", "blue"]
+MASK = {"source": "img", "mask": {"source": "masks", "cloud": [3]}}
+S2_DEM = {"s2": {"source": "s2"}, "dem": {"source": "dem", "static": True}}
+S2_LABEL = {"s2": {"source": "s2"}, "lulc": {"source": "lulc", "kind": "label"}}
+BY_TILE_AND_DATE = {"pattern": "{tile}_{date}.tif"}
+DATES = {"dates": {"csv": "dates.csv"}}
+BLOCKS = {"shares": {"train": 0.5, "val": 0.5}}
+B02 = ("--set", "modality.bands=[B02]")
+JPEG2000 = b"\0\0\0\x0cjP  \r\n\x87\n"
+
+
+def dates(content: str | bytes) -> Callable[[], Any]:
+    return text("dates.csv", content)
+
+
+def stac(*members: dict[str, Any], options: tuple[str, ...] = B02) -> Case:
+    return wrong(tif("one.tif", 1), items(*members), source="ARCHIVE/items.json", options=options)
+
+
+def cube(*makes: Callable[[], Any], name: str = "cube.nc", options: tuple[str, ...] = B02) -> Case:
+    return wrong(*makes, source=f"ARCHIVE/{name}", options=options)
+
+
+COMMAND_LINE = {
+    "a glob without quotes": wrong(
+        tif("a.tif"),
+        tif("b.tif"),
+        source="ARCHIVE/a.tif",
+        store="ARCHIVE/b.tif",
+        options=("STORE",),
+    ),
+    "a shell variable that is not set": wrong(source=""),
+    "`--set` without a value": wrong(tif(), options=("--set", "store.codec")),
+    "`--set` with a misspelt key": wrong(tif(), options=("--set", "store.tile_size=64")),
+    "`--set` of text with braces": wrong(
+        tif(), options=("--set", "modality.pattern={tile}_{date}.tif")
+    ),
+    "a folder as `--config`": wrong(tif(), options=("--config", "ARCHIVE")),
+    "a configuration that is not there": wrong(tif(), options=("--config", "mine.yaml")),
+    "a wrong name of a preset": wrong(tif(), options=("--preset", "sentinel2")),
+    "a preset's file that is not there": wrong(tif(), options=("--preset", "mine.yaml")),
+    "two presets": wrong(tif(), preset="rgb", options=("--preset", "s2_l2a")),
+    "a scheme that is not known": wrong(source="ftp://server/scenes"),
+    "a folder on a web server": wrong(source=f"{DEAD}/scenes"),
+    "a file on a server that does not answer": wrong(source=f"{DEAD}/a.tif"),
+    "a Dask scheduler without a port": wrong(tif(), options=("--scheduler", "login-node")),
+}
+CONFIGURATION = {
+    "tabs in the YAML": wrong(
+        tif(), config_text("store:\n\tcodec: lz4\n")
+    ),
+    "a key twice": wrong(
+        tif(), config_text("run: {}\nstore: {}\nrun: {}\n")
+    ),
+    "a list at the top level": wrong(
+        tif(), config_text("- modality\n")
+    ),
+    "a misspelt key three levels deep": wrong(
+        tif(), modalities={"s2": {"mask": {"band": "SCL", "clouds": [3]}}}
+    ),
+    "a value that is not known": Case((tif(),), {"store": {"codec": "gzip"}}),
+    "a band called NO, which YAML reads as false": wrong(
+        tif(), config_text("modality:\n  bands: [NO, CO, O3]\n")
+    ),
+    "a band's number where text is expected": wrong(
+        tif(), modality={"bands": RGB, "assets": {"red": 3}}
+    ),
+    "`modality` and `modalities`": wrong(
+        tif(), modality={"bands": RGB}, modalities={"s2": {"bands": RGB}}
+    ),
+    "a preset for all of several modalities": wrong(
+        tif(), preset="s2_l2a", modalities={"s2": {"source": "s2"}}
+    ),
+    "a misspelt band in `scoring.bands`": wrong(
+        tif(), modality={"bands": RGB}, scoring={"bands": ["rde"]}
+    ),
+    "`scoring.bands` of bands without names": wrong(tif(), scoring={"bands": ["B04"]}),
+    "a band in no set of `band_sets`": wrong(
+        tif(), modality={"bands": RGB, "band_sets": {"10m": ["red", "green"]}}
+    ),
+    "a value range the wrong way round": wrong(tif(), modality={"value_range": [3000, 0]}),
+    "a tile that holds no whole number of patches": Case((tif(),), {"store": {"tile_size_px": 100}}),
+    "more tokens than a tile has patches": wrong(tif(), partition={"tokens_per_tile": 5000}),
+    "pairing with one modality": wrong(tif(), pairing={"tolerance_days": 3}),
+    "`ignore_index` for images": wrong(tif(), modality={"ignore_index": 255}),
+    "`resampling` without `grid.warp`": wrong(tif(), modality={"resampling": "cubic"}),
+    "labels resampled bilinearly": wrong(
+        tif("s2/a.tif"), tif("lulc/a.tif", 1, dtype="float32"),
+        modalities={**S2_LABEL, "lulc": {**S2_LABEL["lulc"], "resampling": "bilinear"}},
+    ),
+    "a label raster as the first modality": wrong(
+        tif("s2/a.tif"), config_text("modalities:\n  lulc: {kind: label}\n  s2: {}\n"),
+    ),
+    "an empty section": wrong(tif(), modality={"dates": {}}),
+    "shares in percent": wrong(tif(), splits={"shares": {"train": 80, "val": 20}, "block_km": 10}),
+    "a CRS that is not known": wrong(
+        tif(), grid={"crs": "EPSG:99999", "origin": [0, 0], "pixel_size": 10, "shape": [9, 9]}
+    ),
+}  # fmt: skip
+FOLDERS = {
+    "a folder of VRTs": wrong(text("a.vrt", "<VRTDataset/>")),
+    "a folder of sidecars": wrong(text("a.tfw"), text("a.tif.aux.xml")),
+    "scenes with different bands": wrong(tif("a.tif", 3), tif("b.tif", 4)),
+    "scenes with different pixel types": wrong(tif("a.tif"), tif("b.tif", dtype="float32")),
+    "a preset with more bands than the files": wrong(tif(), options=("--preset", "s2_l2a")),
+    "complex SAR data": wrong(tif("slc.tif", 1, dtype="complex64")),
+    "`nodata` that the pixels cannot hold": wrong(tif(), modality={"nodata": -9999}),
+    "JPEG 2000 without `run.jpeg2000`": wrong(text("T32TNS_B02.jp2", JPEG2000)),
+    "one file per band without a pattern": wrong(
+        tif("T_B02.tif", 1), tif("T_B03.tif", 1), modality={"bands": ["B02", "B03"]}
+    ),
+    "a pattern that matches nothing": wrong(tif("scene1.tif"), modality=BY_TILE_AND_DATE),
+    "a placeholder that is not known": wrong(tif(), modality={"pattern": "{tile}_{day}.tif"}),
+    "a date that is none": wrong(tif("T_20201301.tif"), modality=BY_TILE_AND_DATE),
+    "two scenes of one date": wrong(
+        tif("S2A_20200101.tif"), tif("S2B_20200101.tif"), modality={"pattern": "*_{date}.tif"}
+    ),
+    "several dates of a static modality": wrong(
+        tif("T_20200101.tif"), tif("T_20210101.tif"), modality={**BY_TILE_AND_DATE, "static": True}
+    ),
+    "bands of several resolutions in one set": wrong(*NATIVE, modality=NATIVE_MODALITY),
+    "a tile that does not fit pixels of 60 m": wrong(
+        *NATIVE, modality={**NATIVE_MODALITY, **NATIVE_SETS}, scoring={"bands": ["B02"]}
+    ),
+    "a mask on another grid": wrong(
+        tif("img/a.tif"), tif("masks/a.tif", 1, 50, "uint8"), modality=MASK
+    ),
+    "a mask of another name": wrong(
+        tif("img/a.tif"), tif("masks/b.tif", 1, 64, "uint8"), modality=MASK
+    ),
+    "a mask outside the archive": wrong(
+        tif(), modality={"mask": {"source": "../masks", "cloud": [3]}}
+    ),
+    "a source with a scheme that is not known": wrong(tif(), modality={"source": "hdfs://a/b"}),
+    "a source outside the archive": wrong(tif(), modality={"source": f"{DEAD}/a.tif"}),
+    "two files of one name": wrong(tif("a.tif"), tif("a.tiff")),
+    "a second modality on a shifted grid": wrong(
+        *other_modality(transform=at(500_005)), modalities=S2_DEM
+    ),
+    "a second modality elsewhere": wrong(*other_modality(transform=at(900_000)), modalities=S2_DEM),
+    "scenes without a valid pixel": wrong(partial(empty, "a.tif")),
+    "more valid pixels asked for than any tile has": wrong(
+        tif(), validity={"min_tile_valid_fraction": 0.9}
+    ),
+}  # fmt: skip
+TABLES = {
+    "a table without the column": wrong(tif(), dates("file,date\na,2020-01-01"), modality=DATES),
+    "a table with semicolons": wrong(
+        tif(), dates("scene;datetime\na;2020-01-01"), modality=DATES
+    ),
+    "a table that is not UTF-8": wrong(tif(), dates(b"scene,datetime\n\xe4,2020"), modality=DATES),
+    "a table that is not there": wrong(tif(), modality=DATES),
+    "a table of other scenes": wrong(tif(), dates("scene,datetime\nb,2020-01-01"), modality=DATES),
+    "two dates for one scene": wrong(
+        tif(), dates("scene,datetime\na,2020-01-01\na.tif,2020-01-02"), modality=DATES
+    ),
+    "a date as a spreadsheet writes it": wrong(
+        tif(), dates("scene,datetime\na,01.02.2020"), modality=DATES
+    ),
+    "`labels.folder` with scenes in no folder": wrong(tif(), labels={"folder": True}),
+    "labels of other scenes": wrong(
+        tif(), text("labels.csv", "scene,label\nb,forest"), labels={"csv": "labels.csv"}
+    ),
+    "GeoJSON as `labels.vector`": wrong(
+        tif(), text("a.geojson", "{}"), labels={"vector": "a.geojson"}
+    ),
+    "splits by blocks without a CRS": wrong(tif(crs=None), splits={**BLOCKS, "block_km": 10}),
+    "blocks smaller than tiles": wrong(tif(), splits={**BLOCKS, "block_km": 0.1}),
+    "splits by a pattern without `{split}`": wrong(tif(), splits={"by": "pattern"}),
+}  # fmt: skip
+CATALOGUES = {
+    "STAC without `modality.bands`": stac(item(), options=()),
+    "an asset of another name": stac(item(), options=("--set", "modality.bands=[B03]")),
+    "GeoJSON that is no STAC": stac({"type": "Feature", "properties": {}, "geometry": None}),
+    "an empty item collection": stac(),
+    "a web page saved as JSON": wrong(
+        text("items.json", "<html>"), source="ARCHIVE/items.json", options=B02
+    ),
+    "two items of one id": stac(item(), item()),
+    "a STAC API that nobody answers": wrong(source=f"stac+{DEAD}?collections=a", options=B02),
+    "a search for everything": wrong(source=f"stac+{DEAD}", options=B02),
+}
+CUBES = {
+    "an array without rows and columns": cube(netcdf(("station", "depth"))),
+    "coordinates that are not regular": cube(
+        netcdf(x=np.arange(64) * 10.0 + 5 * (np.arange(64) > 30))
+    ),
+    "complex numbers": cube(netcdf(dtype="complex64")),
+    "a misspelt array": cube(netcdf(), options=("--set", "modality.bands=[B04]")),
+    "a pattern for a data cube": cube(netcdf(), options=("--set", "modality.pattern='{date}.nc'")),
+    "another file called .nc": cube(text("cube.nc", "CDF?")),
+    "a Zarr array of pickled objects": cube(
+        zarr(dtype="|O", filters=[{"id": "pickle"}]), name="cube.zarr"
+    ),
+    "a Zarr codec that runs code": cube(zarr(compressor={"id": "pickle"}), name="cube.zarr"),
+}
+STORES = {
+    "the archive as the store": wrong(tif(), store="ARCHIVE"),
+    "a store inside the Zarr archive": Case(
+        (zarr(),), {"modality": {"bands": ["B02"], "value_range": [0, 9]}}, (),
+        "ARCHIVE/cube.zarr", "ARCHIVE/cube.zarr/STORE",
+    ),
+    "a URL as the store": wrong(tif(), store="s3://bucket/STORE"),
+    "a store as the archive": wrong(source="STORE", store="STORE2", is_finished=True),
+    "another configuration for a finished store": wrong(
+        options=("--set", "store.codec=zstd"), is_finished=True
+    ),
+    "a new scene in the archive of a finished store": wrong(tif("b.tif"), is_finished=True),
+}  # fmt: skip
+SINGLE_SCENES = {
+    "Single scenes of a folder": wrong(
+        tif("T_20200101.tif"),
+        tif("T_20200111.tif", transform=at(500_005)),
+        tif("T_20200121.tif", crs="EPSG:32633"),
+        tif("T_20200131.tif", crs=None),
+        tif("T_20200210.tif", bands=4),
+        tif("T_20200220.tif", dtype="complex64"),
+        text("T_20200301.tif", "<html>404"),
+        partial(torn, "T_20200311.tif"),
+        tif("T_20201301.tif"),
+        modality={**BY_TILE_AND_DATE, "bands": RGB, "value_range": [0, 10_000]},
+    ),
+    "Single scenes of a catalogue": wrong(
+        tif("one.tif", 1),
+        tif("two.tif", 1, size=48),
+        tif("three.tif", 1, dtype="float32"),
+        items(
+            item("one"), item("two", day=2), item("three", day=3),
+            item("four", day=4), item("five", "../five.tif"), item("six", f"{DEAD}/six.tif"),
+            item("seven", "seven.jp2"), item("eight", data_type="cint16"),
+        ),
+        source="ARCHIVE/items.json",
+        modality={"bands": ["B02"], "value_range": [0, 10_000]},
+    ),
+}  # fmt: skip
+CASES = {
+    "Command line": COMMAND_LINE,
+    "Configuration": CONFIGURATION,
+    "Folders of rasters": FOLDERS,
+    "Tables, labels and splits": TABLES,
+    "Catalogues": CATALOGUES,
+    "Data cubes": CUBES,
+    "Stores": STORES,
+}
