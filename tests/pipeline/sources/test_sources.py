@@ -1,4 +1,5 @@
 import re
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -255,13 +256,14 @@ class Buckets(MemoryFileSystem):
 @pytest.fixture
 def bucket(monkeypatch):
     """A folder in a bucket whose headers are those of one scene; "broken" ones cannot be read."""
-    fsspec.register_implementation("s3", Buckets, clobber=True)
+    # Put back as it was, so that no other test finds a bucket.
+    monkeypatch.setitem(sys.modules["fsspec.registry"]._registry, "s3", Buckets)
     system = fsspec.filesystem("s3")
     for name in ("a/x.tif", "a/broken.tif", "b/y.tif", "b/z.txt", ".c/x.tif", "d.zarr/x.tif"):
         system.pipe(f"s3://bucket/data/{name}", name.encode())
     yield "s3://bucket/data"
     Buckets.store.clear()
-    fsspec.register_implementation("s3", "s3fs.S3FileSystem", clobber=True)
+    Buckets.clear_instance_cache()
 
 
 def test_buckets_are_listed(bucket, tmp_path, monkeypatch):
