@@ -25,7 +25,7 @@ settings.load_profile("aptile")
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     """Real imagery beside the project; tests that need it skip where it is absent."""
-    folder = Path(os.environ.get("APTILE_TEST_DATA", ROOT.parent / "shared" / "data"))
+    folder = Path(os.environ.get("APTILE_TEST_DATA", ROOT.parent / "shared" / "data")).resolve()
     if not folder.is_dir():
         pytest.skip("no real imagery here; APTILE_TEST_DATA can name its folder")
     return folder
