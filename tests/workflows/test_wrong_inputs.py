@@ -118,6 +118,8 @@ def test_ctrl_c_while_a_server_keeps_the_command_waiting(here):
             stderr=subprocess.PIPE,
             text=True,
             env={**os.environ, "PYTHONPATH": str(PAGE.parents[1])},
+            # Tests that run in the background inherit that Ctrl-C is ignored.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )  # fmt: skip
         connection, _ = server.accept()
         process.send_signal(signal.SIGINT)
