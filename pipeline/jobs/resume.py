@@ -41,13 +41,13 @@ def check_free(store: Path) -> None:
 
 def check_apart(store: Path, job: Job) -> None:
     """Raise StoreError for a store inside a Zarr dataset that is its archive, which it would change."""
-    place = store.resolve()
-    for modality in job.plan.modalities.values():
-        for href in {asset.href for scene in modality.scenes for asset in scene.assets}:
-            if not is_url(href) and place.is_relative_to(Path(href).resolve()):
-                raise StoreError(
-                    f"{store} lies inside the dataset {href} that is read; give a path outside it"
-                )
+    scenes = (scene for modality in job.plan.modalities.values() for scene in modality.scenes)
+    arrays = {a.href for scene in scenes for a in scene.assets if a.kind == "array"}
+    for href in sorted(arrays):
+        if not is_url(href) and store.resolve().is_relative_to(Path(href).resolve()):
+            raise StoreError(
+                f"{store} lies inside the dataset {href} that is read; give a path outside it"
+            )
 
 
 def check_same_config(store: Path, header: dict[str, Any], config: DataConfig) -> None:
