@@ -23,8 +23,9 @@ from pipeline.jobs.job import run_job
 from pipeline.jobs.repartition import repartition
 from pipeline.nodes import node_scores
 from pipeline.rules import FurtherRule
-from pipeline.settings.config import PreprocessConfig, RunConfig
+from pipeline.settings.config import PreprocessConfig
 from pipeline.settings.loading import load_config
+from pipeline.settings.run import RunConfig
 
 TILE_PX, CELLS = 64, 16
 

@@ -10,8 +10,8 @@ from pipeline.jobs.repartition import RepartitionReport
 from pipeline.jobs.repartition import repartition as run_repartition
 from pipeline.rules import FurtherRule, rule_in_words
 from pipeline.settings.canonical import plain
-from pipeline.settings.config import RunConfig
 from pipeline.settings.loading import validated
+from pipeline.settings.run import RunConfig
 from workflows.terminal import ShardProgress, note, print_json, progress_bar
 
 

@@ -4,20 +4,15 @@ One task is one whole shard; a bounded number is under way, so that the schedule
 a few of them, however large the job.
 """
 
-import contextlib
-import importlib.util
-import logging
-import os
-import signal
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol, TypeVar
 
-from distributed import Client, LocalCluster, as_completed
+from distributed import Client, as_completed
 from distributed.scheduler import KilledWorker
 
 from pipeline.errors import StoreError
-from pipeline.settings.config import RunConfig
+from pipeline.jobs.clients import client_of
+from pipeline.settings.run import RunConfig
 
 # Shards under way per worker: one at work, one waiting.
 _IN_FLIGHT_PER_WORKER = 2
@@ -43,7 +38,7 @@ def run_tasks(
 
     Raises StoreError if no scheduler answers, or if a task kills its workers.
     """
-    with _client(run, num_tasks) as client:
+    with client_of(run, num_tasks) as client:
         yield from _results(client, function, tasks, store)
 
 
@@ -71,44 +66,3 @@ def _results(
             f"{store}: a shard killed its workers, most likely for lack of memory ({error}); run the "
             "same command again with fewer run.workers, what is done stays done"
         ) from None
-
-
-@contextlib.contextmanager
-def _client(run: RunConfig, num_tasks: int) -> Iterator[Client]:
-    """A client of the user's scheduler, or of local single-threaded worker processes."""
-    if run.scheduler is not None:
-        try:
-            client = Client(run.scheduler, timeout="10s")
-        except (OSError, ValueError) as error:
-            raise StoreError(
-                f"run.scheduler {run.scheduler}: no Dask scheduler answers there ({error}); start one "
-                "with `dask scheduler`, or leave the option out"
-            ) from None
-        with client:
-            yield client
-        return
-    workers = min(run.workers or os.cpu_count() or 1, num_tasks)
-    dashboard = "127.0.0.1:0" if importlib.util.find_spec("bokeh") else None
-    with _ignored_interrupts():
-        cluster = LocalCluster(
-            n_workers=workers,
-            threads_per_worker=1,
-            processes=True,
-            dashboard_address=dashboard,
-            silence_logs=logging.CRITICAL,
-        )
-    with cluster, Client(cluster) as client:
-        yield client
-
-
-@contextlib.contextmanager
-def _ignored_interrupts() -> Iterator[None]:
-    """Child processes started inside ignore Ctrl-C: the parent alone decides how a job ends."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)

@@ -22,8 +22,9 @@ from pipeline.rules import (
     uniform_thresholds,
 )
 from pipeline.settings.canonical import canonical_json, plain
-from pipeline.settings.config import DataConfig, RunConfig
+from pipeline.settings.config import DataConfig
 from pipeline.settings.loading import validated
+from pipeline.settings.run import RunConfig
 from pipeline.storage.commit import exclusive, sweep_partials
 from pipeline.storage.layout import StoreLayout, consolidate_partition, create_partition
 from pipeline.storage.partitions import (

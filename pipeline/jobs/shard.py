@@ -52,7 +52,8 @@ class ModalityTask:
 class ShardTask:
     """Everything a worker needs for one shard; small, because it travels through the scheduler.
 
-    `rows` and `cols` int32 [tile] are the shard's tiles, the leading modality comes first.
+    `rows` and `cols` int32 [tile] are the shard's tiles, the leading modality comes first. `excluded` are
+    scenes that are not even opened, with the reason for each.
     """
 
     store: str
@@ -62,6 +63,7 @@ class ShardTask:
     rows: np.ndarray
     cols: np.ndarray
     modalities: tuple[ModalityTask, ...]
+    excluded: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -157,6 +159,8 @@ def _fill(
     for index, (scene, number) in enumerate(zip(modality.scenes, modality.numbers, strict=True)):
         frames = modality.frames[modality.frames["scene"] == index]
         try:
+            if scene.id in task.excluded:
+                raise SceneError(task.excluded[scene.id])
             finding = _baseline(scene, source) if _holds_first(task, frames) else None
             own = scene_thresholds(modality, scene, source, task.validity)
             for slot, tile in _read_tiles(task, scene, source, frames):

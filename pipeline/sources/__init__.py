@@ -12,8 +12,8 @@ import fsspec
 from pipeline.errors import ArchiveError, ConfigError
 from pipeline.locations import as_root, is_url, signed
 from pipeline.scenes import Access, Listing
-from pipeline.settings.config import RunConfig
 from pipeline.settings.modality import ModalityConfig
+from pipeline.settings.run import RunConfig
 from pipeline.sources.files import below, is_file, require, split_glob, suffix
 
 _SEARCH = "stac+"

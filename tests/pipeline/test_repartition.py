@@ -17,7 +17,7 @@ from pipeline.jobs.repartition import repartition
 from pipeline.nodes import node_scores, shared_maps, shared_nodes
 from pipeline.quadtree import budget_scales, partition_scales
 from pipeline.rules import FurtherRule
-from pipeline.settings.config import RunConfig
+from pipeline.settings.run import RunConfig
 from pipeline.storage.commit import exclusive
 from pipeline.storage.partitions import PartitionLedger, ledger_path
 from pipeline.storage.places import FrameRun

@@ -11,8 +11,8 @@ from rasterio.errors import NotGeoreferencedWarning
 from pipeline.errors import ArchiveError, ConfigError
 from pipeline.readers.rasters import DRIVERS
 from pipeline.scenes import Listing, Plane
-from pipeline.settings.config import RunConfig
 from pipeline.settings.modality import ModalityConfig
+from pipeline.settings.run import RunConfig
 from pipeline.sources import archive_access, list_scenes, source_files
 from support import save_scene
 

@@ -3,8 +3,8 @@
 import pytest
 
 from pipeline.scenes import Listing
-from pipeline.settings.config import RunConfig
 from pipeline.settings.modality import ModalityConfig
+from pipeline.settings.run import RunConfig
 from pipeline.sources import archive_access, list_scenes, source_files
 
 

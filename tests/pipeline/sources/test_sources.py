@@ -13,8 +13,8 @@ from pipeline.errors import ArchiveError, ConfigError, SceneError
 from pipeline.locations import file_fingerprint
 from pipeline.readers.rasters import read_header
 from pipeline.scenes import Listing
-from pipeline.settings.config import RunConfig
 from pipeline.settings.modality import ModalityConfig
+from pipeline.settings.run import RunConfig
 from pipeline.sources import archive_access, cube, folder, list_scenes, source_files, stac
 from support import save_scene
 
