@@ -38,7 +38,7 @@ class TileDataset(Dataset[Tile]):
         self.modality = modality if modality is not None else self.store.modalities[0]
         if self.modality not in self.store.tokenized:
             raise ConfigError(
-                f"{self.store.path} has no modality {self.modality!r} with tokens; "
+                f"{self.store.location} has no modality {self.modality!r} with tokens; "
                 f"it has {', '.join(self.store.tokenized)}"
             )
         self.store.check_partition(self.modality, partition)

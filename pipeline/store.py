@@ -4,84 +4,83 @@ Nothing is read before it is asked for, and nothing is trusted that COMMIT.json 
 """
 
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import tensorstore as ts
 
 from pipeline import segments
 from pipeline.errors import IntegrityError, StoreError
 from pipeline.rules import DEFAULT_QUANTILE, WAYS
-from pipeline.storage.commit import (
-    LEDGER,
-    MANIFEST,
-    read_commit,
-    read_committed,
-)
-from pipeline.storage.header import layout_from_header, read_header
+from pipeline.storage.arrays import Arrays, values
+from pipeline.storage.commit import MEND, Commit, read_commit, read_named, require_commit
+from pipeline.storage.header import check_version, layouts_of, read_header
+from pipeline.storage.history import History, read_history
 from pipeline.storage.layout import StoreLayout
-from pipeline.storage.ledger import Ledger
+from pipeline.storage.objects import Location, Objects, objects_at
 from pipeline.storage.partitions import (
     DEFAULT_PARTITION,
-    PartitionLedger,
     StoredPartition,
-    committed_ledger,
     is_partition_name,
     partition_path,
+    partition_shards,
 )
 from pipeline.storage.tiles import Frames, FrameTable, Tile, expand
 
-_READ_CACHE_BYTES = 32 * 2**20
 
+def open_store(location: Location, commit: int | None = None) -> "Store":
+    """Open a committed store for reading: a path, or a URL (s3://, gs://, az://).
 
-def open_store(path: str | Path) -> "Store":
-    """Open a committed store for reading.
-
-    Raises StoreError if there is none at `path` or its job is unfinished, IntegrityError if its
+    What is read is one commit, the newest unless a number is given: what others add later is not seen.
+    Raises StoreError if there is none at `location` or its job is unfinished, IntegrityError if its
     manifest or ledger is not the committed one.
     """
-    path = Path(path)
-    header = read_header(path)
-    if header is None:
-        raise StoreError(f"{path}: no aptile store here; make one with `aptile preprocess`")
-    commit = read_commit(path)
-    if commit is None:
+    objects = objects_at(location)
+    found = read_commit(objects) if commit is None else require_commit(objects, commit)
+    if found is None:
+        if read_header(objects) is None:
+            raise StoreError(f"{location}: no aptile store here; make one with `aptile preprocess`")
         raise StoreError(
-            f"{path}: the job that writes this store has not finished; run its `aptile preprocess` "
+            f"{location}: the job that writes this store has not finished; run its `aptile preprocess` "
             "command again to complete it"
         )
-    return Store(path, header, commit)
+    check_version(objects.location, found.header)
+    return Store(objects, found.header, found)
 
 
 class Store:
     """A committed store. Arrays are opened at first use; nothing is read before it is asked for."""
 
-    def __init__(self, path: Path, header: dict[str, Any], commit: dict[str, Any]) -> None:
-        self.path = path
+    def __init__(self, objects: Objects, header: dict[str, Any], commit: Commit | None) -> None:
+        self.objects, self.location = objects, objects.location
         self.header = header
-        self.commit = commit
-        self._arrays: dict[str, ts.TensorStore] = {}
+        self._commit = commit
         self._checked_shards: set[tuple[str, str, int]] = set()
         self._frame_tables: dict[str, FrameTable] = {}
         self._row_tables: dict[tuple[str, str], tuple[np.ndarray, np.ndarray]] = {}
-        self._partition_ledgers: dict[tuple[str, str], PartitionLedger] = {}
-        self._context = ts.Context({"cache_pool": {"total_bytes_limit": _READ_CACHE_BYTES}})
+        self._partition_shards: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
+
+    @property
+    def commit(self) -> Commit:
+        """The commit that is read; AssertionError in a store that is still being written."""
+        assert self._commit is not None
+        return self._commit
 
     @property
     def digest(self) -> str:
         """sha256 of the committed manifest: the identity of the data."""
-        return str(self.commit["objects"][MANIFEST]["sha256"])
+        return str(self.commit.manifest["sha256"])
 
     @cached_property
     def layouts(self) -> dict[str, StoreLayout]:
-        return {
-            name: layout_from_header(name, entry)
-            for name, entry in self.header["modalities"].items()
-        }
+        """The layout of every modality, the leading one first."""
+        return layouts_of(self.header)
+
+    @cached_property
+    def _arrays(self) -> Arrays:
+        return Arrays(self.objects, self.layouts)
 
     @property
     def modalities(self) -> list[str]:
@@ -93,23 +92,22 @@ class Store:
         name = modality if modality is not None else self.modalities[0]
         if name not in self.layouts:
             raise StoreError(
-                f"{self.path}: no modality {name!r}; there are {', '.join(self.modalities)}"
+                f"{self.location}: no modality {name!r}; there are {', '.join(self.modalities)}"
             )
         return self.layouts[name]
 
     @cached_property
     def manifest(self) -> pa.Table:
         """One row per committed tile."""
-        return pq.read_table(pa.BufferReader(read_committed(self.path, MANIFEST, self.commit)))
+        return pq.read_table(pa.BufferReader(read_named(self.objects, self.commit.manifest)))
 
     def tile_index(self, tile_id: str) -> int:
         """Row of a tile in the manifest; StoreError if there is no tile of that id."""
         ids = self.manifest["id"].to_pylist()
         if tile_id not in ids:
             raise StoreError(
-                f"{self.path}: no tile {tile_id!r}; there are {len(ids)}, from {ids[0]!r} to {ids[-1]!r}"
-                if ids
-                else f"{self.path}: no tile {tile_id!r}; the store has no tiles"
+                f"{self.location}: no tile {tile_id!r}; there are {len(ids)}, from {ids[0]!r} to "
+                f"{ids[-1]!r}"
             )
         return ids.index(tile_id)
 
@@ -162,18 +160,17 @@ class Store:
         """Raise StoreError, which lists the names there are, unless the partition is committed."""
         if name not in self.partitions(modality):
             raise StoreError(
-                f"{self.path}: no partition {name!r}; there are "
+                f"{self.location}: no partition {name!r}; there are "
                 f"{', '.join(self.partitions(modality))}. `aptile repartition` makes others"
             )
 
     def _partition_entries(self, modality: str) -> dict[str, Any]:
-        entries = dict(self.commit.get("partitions", {}).get(modality, {}))
+        entries = dict(self.commit.partitions.get(modality, {}))
         for name in entries:
             # Names become paths.
             if not is_partition_name(name):
                 raise IntegrityError(
-                    f"{self.path}: COMMIT.json names a partition {name!r:.80}; the store is damaged, "
-                    "preprocess into a new one"
+                    f"{self.location}: COMMIT.json names a partition {name!r:.80}; {MEND}"
                 )
         return entries
 
@@ -230,8 +227,8 @@ class Store:
     def read_score_maps(self, modality: str, frames: np.ndarray) -> list[np.ndarray]:
         """float32 [frame, cell_y, cell_x] of `frames` (int64 [n], any order), fine to coarse."""
         sizes = self.layouts[modality].grid.patch_sizes
-        pending = [self._pending(f"{modality}/score_{size}", frames) for size in sizes]
-        return [_result(maps) for maps in pending]
+        pending = [self._arrays.pending(f"{modality}/score_{size}", frames) for size in sizes]
+        return [values(maps) for maps in pending]
 
     def read_frames(
         self, modality: str, frames: np.ndarray, partition: str = DEFAULT_PARTITION
@@ -245,30 +242,33 @@ class Store:
         self.check_shards(frames // layout.shard_capacity)
         if partition != DEFAULT_PARTITION:
             self._check_partition_shards(modality, partition, frames // layout.shard_capacity)
-        pixels = self._pending(f"{modality}/pixels", frames)
-        valid = self._pending(f"{modality}/valid", frames)
-        scales_array = self._array(f"{partition_path(modality, partition)}/scales")
+        pixels = self._arrays.pending(f"{modality}/pixels", frames)
+        valid = self._arrays.pending(f"{modality}/valid", frames)
+        scales_name = f"{partition_path(modality, partition)}/scales"
         counts, row_starts = self._rows_of(modality, partition)
         begins = row_starts[frames]
         ends = begins + counts[frames]
-        rows = [scales_array[b:e].read() for b, e in zip(begins, ends, strict=True)]
-        scales = [np.asarray(row.result()) for row in rows]
+        rows = [
+            self._arrays.pending(scales_name, slice(b, e))
+            for b, e in zip(begins.tolist(), ends.tolist(), strict=True)
+        ]
+        scales = [values(row) for row in rows]
         for frame, leaf_scales in zip(frames.tolist(), scales, strict=True):
-            segments.check(leaf_scales, layout.grid, f"{self.path}/{modality} frame {frame}")
-        return Frames(_result(pixels), _result(valid), scales)
+            segments.check(leaf_scales, layout.grid, f"{self.location}/{modality} frame {frame}")
+        return Frames(values(pixels), values(valid), scales)
 
     def per_frame(self, modality: str, name: str) -> np.ndarray:
         """The whole of a small array that has a few numbers per frame slot, such as `num_valid`."""
         return self._whole(f"{modality}/{name}")
 
     @cached_property
-    def _ledger(self) -> Ledger:
-        read_committed(self.path, LEDGER, self.commit)
-        return Ledger.read(self.path)
+    def history(self) -> History:
+        """What became of every input and shard."""
+        return read_history(self.objects, self.commit)
 
     def quarantined(self) -> dict[str, str]:
         """Reason by scene id of every input that is not in the store."""
-        return self._ledger.quarantined()
+        return self.history.quarantined()
 
     def check_shards(self, shards: np.ndarray) -> None:
         """Raise IntegrityError if an object of these shards is lost or has another size.
@@ -276,54 +276,38 @@ class Store:
         A lost object would read as fill value; so every shard is looked at once before use.
         """
         for shard in np.unique(shards).tolist():
-            self._check_objects(("", "", shard), self._ledger.shards)
+            self._check_objects(("", "", shard), self.history.shards)
 
     def _check_partition_shards(self, modality: str, name: str, shards: np.ndarray) -> None:
         key = (modality, name)
-        if key not in self._partition_ledgers:
-            self._partition_ledgers[key] = committed_ledger(self.path, *key, self.commit)
+        if key not in self._partition_shards:
+            self._partition_shards[key] = partition_shards(self.objects, *key, self.commit)
+        missing = set(shards.tolist()) - self._partition_shards[key].keys()
+        if missing:
+            raise StoreError(
+                f"{self.location}: partition {name!r} of {modality} was made before {len(missing)} shards "
+                "were appended; run its `aptile repartition` command again to complete it"
+            )
         for shard in np.unique(shards).tolist():
-            self._check_objects((*key, shard), self._partition_ledgers[key].shards)
+            self._check_objects((*key, shard), self._partition_shards[key])
 
     def _check_objects(self, key: tuple[str, str, int], rows: dict[int, dict[str, Any]]) -> None:
         if key in self._checked_shards:
             return
         for name, written in rows[key[2]]["objects"].items():
-            path = self.path / name
-            size = path.stat().st_size if path.exists() else None
+            size = self.objects.size(name)
             if size != written["bytes"]:
                 raise IntegrityError(
-                    f"{path} is {'missing' if size is None else f'{size} bytes long'}; the ledger "
-                    f"says {written['bytes']} bytes. The store is damaged: preprocess into a new one"
+                    f"{self.location}/{name} is {'missing' if size is None else f'{size} bytes long'}; the "
+                    f"ledger says {written['bytes']} bytes: {MEND}"
                 )
         self._checked_shards.add(key)
 
-    def _array(self, name: str) -> ts.TensorStore:
-        if name not in self._arrays:
-            self._arrays[name] = ts.open(
-                {
-                    "driver": "zarr3",
-                    "kvstore": {"driver": "file", "path": str(self.path.resolve() / name) + "/"},
-                    "recheck_cached_metadata": False,
-                    "recheck_cached_data": False,
-                },
-                read=True,
-                context=self._context,
-            ).result()
-        return self._arrays[name]
-
-    def _pending(self, name: str, frames: np.ndarray) -> "ts.Future[Any]":
-        """A read under way; a run of neighbouring frames is one slice, anything else an index."""
-        array = self._array(name)
-        if len(frames) and np.array_equal(frames, np.arange(frames[0], frames[0] + len(frames))):
-            return array[int(frames[0]) : int(frames[0]) + len(frames)].read()
-        return array[frames].read()
-
     def _read(self, name: str, frames: np.ndarray) -> np.ndarray:
-        return _result(self._pending(name, frames))
+        return values(self._arrays.pending(name, frames))
 
     def _whole(self, name: str) -> np.ndarray:
-        return _result(self._array(name).read())
+        return values(self._arrays.pending(name, slice(None)))
 
     def _rows_of(self, modality: str, partition: str) -> tuple[np.ndarray, np.ndarray]:
         """Leaf count and first row, int64 [frame], of every frame slot."""
@@ -336,13 +320,3 @@ class Store:
             first = np.arange(layout.num_shards)[:, None] * layout.rows_per_shard
             self._row_tables[key] = whole, (first + within).ravel()
         return self._row_tables[key]
-
-
-def _result(pending: "ts.Future[Any]") -> np.ndarray:
-    """The values of a read; a checksum mismatch becomes an IntegrityError."""
-    try:
-        return np.asarray(pending.result())
-    except ValueError as error:
-        raise IntegrityError(
-            f"the store is damaged, preprocess into a new one: {' '.join(str(error).split())}"
-        ) from None

@@ -20,6 +20,7 @@ _EXTRA_OF = {
     "h5netcdf": "xarray",
     "h5py": "xarray",
     "pystac_client": "stac",
+    "obstore": "cloud",
 }
 
 app = App(

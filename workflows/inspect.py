@@ -93,7 +93,7 @@ def summaries(
         tables = [table.select([index]) for table in tables]
     return [
         {
-            "store": str(store.path),
+            "store": store.location,
             **table.summary(),
             "rule": plain(store.partition(partition, table.modality).rule),
             "quarantined": store.quarantined(),
@@ -133,7 +133,7 @@ def curve_summary(store: Store, modality: str) -> dict[str, Any]:
     curve = store_curve(store, modality)
     quantiles = [step / _CURVE_STEPS for step in range(_CURVE_STEPS + 1)]
     return {
-        "store": str(store.path),
+        "store": store.location,
         "modality": modality,
         "patch_sizes": list(store.layouts[modality].grid.patch_sizes),
         "tiles": curve.num_tiles,

@@ -1,11 +1,12 @@
 """The preprocessing job: plan, prepare the store, run one Dask task per shard, commit.
 
 The store is the only state. A job that was stopped anywhere is completed by running it again; a
-finished one is left alone.
+finished one is left alone, unless further scenes are to be appended.
 """
 
-import shutil
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,37 +14,60 @@ import numpy as np
 
 from pipeline.errors import ArchiveError, StoreError
 from pipeline.jobs.cluster import Observer, run_tasks
-from pipeline.jobs.manifest import ModalityOutcome, encode_manifest, present_frames
-from pipeline.jobs.prepare import create_store
+from pipeline.jobs.manifest import (
+    ModalityOutcome,
+    encode_manifest,
+    manifest_name,
+    manifest_table,
+    present_frames,
+)
+from pipeline.jobs.merging import merged_manifest
+from pipeline.jobs.prepare import begin_ledger, new_header, write_metadata
 from pipeline.jobs.resume import (
+    State,
     check_apart,
     check_free,
+    check_same_batch,
     check_same_choice,
     check_same_config,
     check_same_files,
+    check_unchanged,
+    new_files,
 )
 from pipeline.jobs.shard import process_shard, shard_task
-from pipeline.planning.inputs import Job, archive_files, plan_job, require_scenes
+from pipeline.planning.existing import existing_of
+from pipeline.planning.inputs import Job, NothingNewError, archive_files, plan_job, require_scenes
 from pipeline.planning.plan import Plan
 from pipeline.planning.splits import split_summary
 from pipeline.settings.config import PreprocessConfig
-from pipeline.storage.commit import exclusive, read_commit, sweep_partials, write_commit
-from pipeline.storage.header import read_header
-from pipeline.storage.ledger import SKIPPED, Ledger
+from pipeline.storage.commit import (
+    APPEND,
+    PREPROCESS,
+    Batch,
+    Commit,
+    named,
+    write_commit,
+)
+from pipeline.storage.header import grown
+from pipeline.storage.history import History
+from pipeline.storage.ledger import Ledger, ledger_name
+from pipeline.storage.lock import Held, exclusive
+from pipeline.storage.objects import LocalObjects, Location, Objects, absolute, objects_at
 from pipeline.storage.partitions import DEFAULT_PARTITION
 from pipeline.store import Store
 
 
 @dataclass(frozen=True)
 class JobReport:
-    """What a job came to: `inputs = done + len(quarantined) + len(skipped)`, always.
+    """What a store came to: `inputs = done + len(quarantined) + len(skipped)`, always.
 
     `findings` are remarks on scenes that are in the store, `notes` on what was decided in this run.
     `tiles_left_out` and `frames_left_out` count those with too few valid pixels; `splits` counts tiles by
-    split, and `shards_written` this run's shards: 0 means that the store was complete already.
+    split, and `shards_written` this run's shards: 0 means that the store was complete already. `commit`
+    is the number of the commit that holds all of it.
     """
 
-    store: Path
+    store: str
     inputs: int
     quarantined: dict[str, str]
     skipped: dict[str, str]
@@ -55,102 +79,279 @@ class JobReport:
     splits: dict[str, int]
     shards: int
     shards_written: int
+    commit: int
 
     @property
     def done(self) -> int:
         return self.inputs - len(self.quarantined) - len(self.skipped)
 
 
-def run_job(archive: str, store: Path, config: PreprocessConfig, observer: Observer) -> JobReport:
+@dataclass(frozen=True)
+class _Batch:
+    """A batch at work: on top of which state, by which plan, how far it has come."""
+
+    objects: Objects
+    lock: Held
+    before: State
+    header: dict[str, Any]
+    job: Job
+    ledger: Ledger
+
+    @property
+    def history(self) -> History:
+        """All batches, this one included."""
+        return History((*self.before.history.ledgers, self.ledger))
+
+
+def run_job(
+    archive: str,
+    store: Location,
+    config: PreprocessConfig,
+    observer: Observer,
+    *,
+    append: bool = False,
+    retry_quarantined: bool = False,
+) -> JobReport:
     """Bring the store to completion and commit it.
 
-    Raises StoreError if `store` holds something else or was made with another configuration,
-    ArchiveError if there is nothing to read or the archive changed since the store was begun.
+    With `append`, scenes that a finished store has not got become its next commit; `retry_quarantined`
+    takes those in once more that could not be read before. Raises StoreError if `store` holds something
+    else or was made with another configuration, ArchiveError if there is nothing to read or the archive
+    changed since the store was begun, LockedError if another process writes it.
     """
-    existing = read_header(store)
-    if existing is None:
-        check_free(store)
+    objects = objects_at(store)
+    state = State.read(objects)
+    if state.header is None:
+        if append:
+            raise StoreError(
+                f"{store}: no store to append to; leave out --append to make a new one"
+            )
+        return _begin(archive, store, objects, config, observer)
+    check_same_config(str(store), state.header, config.data())
+    if state.commit is not None and not append:
+        _require_no_append_under_way(store, state)
+        check_same_files(str(store), state.history, archive_files(archive, config))
+        return _report(store, state.history, state.commit, 0)
+    with exclusive(objects) as lock:
+        # Another process may have finished it, or appended, since we looked.
+        state = State.read(objects)
+        if state.commit is not None and not append:
+            return _report(store, state.history, state.commit, 0)
+        if state.commit is None and append:
+            raise StoreError(
+                f"{store}: its job has not finished; complete it first, without --append"
+            )
+        if append:
+            return _append(archive, objects, lock, state, config, observer, retry_quarantined)
+        return _resume(archive, objects, lock, state, config, observer)
+
+
+def _begin(
+    archive: str, store: Location, objects: Objects, config: PreprocessConfig, observer: Observer
+) -> JobReport:
+    """Make a new store; nothing is left of one that could not be begun, or has no tile."""
+    check_free(store)
+    with _nothing_left(objects) as keep, exclusive(objects) as lock:
+        state = State.read(objects)
+        if state.header is not None:
+            keep()
+            raise StoreError(f"{store} was made by another process just now; run the command again")
         job = plan_job(archive, config)
         check_apart(store, job)
-        create_store(store, job)
-    else:
-        check_same_config(store, existing, config.data())
-        check_same_files(store, archive_files(archive, config))
-        finished = _finished_report(store)
-        if finished is not None:
-            return finished
-        job = plan_job(archive, config)
-        check_same_choice(store, job)
-    created = existing is None
-    with exclusive(store):
+        header, ledger = new_header(job), begin_ledger(job, 1)
+        objects.sweep()
+        ledger.create(objects)
+        write_metadata(objects, header, {})
+        keep()
+        batch = _Batch(objects, lock, state, header, job, ledger)
         try:
-            # Another process may have finished it since we looked.
-            report = _finished_report(store) or _complete(store, job, observer)
+            report = _complete(batch, observer)
         except StoreError:
-            if created and not Ledger.read(store).shards:
-                shutil.rmtree(store)
+            if not ledger.shards:
+                objects.clear()
             raise
-    if report.tiles == 0 and created:
-        shutil.rmtree(store)
-    _require_tiles(archive, report)
+        if report.tiles == 0:
+            objects.clear()
+            _refuse_empty(archive, report)
+        return report
+
+
+@contextlib.contextmanager
+def _nothing_left(objects: Objects) -> Iterator[Any]:
+    """Removes what was made inside if that fails, until the function it yields is called."""
+    made: list[Path] = []
+    if isinstance(objects, LocalObjects):
+        made = [f for f in (objects.folder, *objects.folder.parents) if not f.exists()]
+    kept: list[bool] = []
+    try:
+        yield lambda: kept.append(True)
+    except BaseException:
+        if not kept:
+            objects.clear()
+            for folder in made[1:]:
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
+        raise
+
+
+def _resume(
+    archive: str,
+    objects: Objects,
+    lock: Held,
+    state: State,
+    config: PreprocessConfig,
+    observer: Observer,
+) -> JobReport:
+    """Complete the first batch of a store."""
+    header, ledger = state.header, state.under_way
+    assert header is not None
+    if ledger is None:
+        raise StoreError(
+            f"{objects.location}: its ledger is missing, so what was done is unknown; remove the store "
+            "and preprocess again"
+        )
+    first = History((ledger,))
+    check_same_files(objects.location, first, archive_files(archive, config))
+    job = plan_job(archive, config)
+    check_same_choice(objects.location, ledger, job)
+    report = _complete(_Batch(objects, lock, state, header, job, ledger), observer)
+    if report.tiles == 0:
+        _refuse_empty(archive, report)
     return report
 
 
-def _require_tiles(archive: str, report: JobReport) -> None:
-    if report.tiles == 0:
-        if report.tiles_left_out or report.frames_left_out:
-            key = "tile" if report.tiles_left_out else "frame"
-            raise ArchiveError(
-                f"{archive}: no tile is left, as every {key} has too few valid pixels; lower "
-                f"validity.min_{key}_valid_fraction"
-            )
-        require_scenes(archive, report.inputs, 0, {**report.skipped, **report.quarantined})
+def _append(
+    archive: str,
+    objects: Objects,
+    lock: Held,
+    state: State,
+    config: PreprocessConfig,
+    observer: Observer,
+    retry_quarantined: bool,
+) -> JobReport:
+    """Add the scenes a store has not got as its next commit."""
+    assert state.commit is not None
+    assert state.header is not None
+    ledger, history = state.under_way, state.history
+    found = archive_files(archive, config)
+    lost = frozenset(history.quarantined())
+    if ledger is not None:
+        check_same_batch(objects.location, ledger, history, found)
+        retry_quarantined = bool(lost & ledger.inputs())
+    existing = existing_of(state.header, history, lost if retry_quarantined else frozenset())
+    try:
+        job = plan_job(archive, config, existing)
+    except NothingNewError:
+        return _report(objects.location, history, state.commit, 0)
+    check_unchanged(job, history)
+    job = replace(job, files=new_files(history, job.files))
+    if ledger is None:
+        ledger = begin_ledger(job, len(history.ledgers) + 1)
+        ledger.create(objects)
+    else:
+        check_same_choice(objects.location, ledger, job)
+    header = grown(state.header, job.plan.first_shard + job.plan.num_shards)
+    return _complete(_Batch(objects, lock, state, header, job, ledger), observer)
 
 
-def _complete(store: Path, job: Job, observer: Observer) -> JobReport:
-    sweep_partials(store)
-    ledger, plan = Ledger.read(store), job.plan
-    header = read_header(store)
-    assert header is not None
+def _require_no_append_under_way(store: Location, state: State) -> None:
+    if state.under_way is not None:
+        raise StoreError(
+            f"{store}: scenes are being appended, and that was interrupted; complete it with --append"
+        )
+
+
+def _refuse_empty(archive: str, report: JobReport) -> None:
+    if report.tiles_left_out or report.frames_left_out:
+        key = "tile" if report.tiles_left_out else "frame"
+        raise ArchiveError(
+            f"{archive}: no tile is left, as every {key} has too few valid pixels; lower "
+            f"validity.min_{key}_valid_fraction"
+        )
+    require_scenes(archive, report.inputs, 0, {**report.skipped, **report.quarantined})
+
+
+def _complete(batch: _Batch, observer: Observer) -> JobReport:
+    objects, ledger, plan = batch.objects, batch.ledger, batch.job.plan
+    objects.sweep()
     ranges = {
         name: tuple((float(low), float(high)) for low, high in entry["value_range"])
-        for name, entry in header["modalities"].items()
+        for name, entry in batch.header["modalities"].items()
     }
-    todo = [shard for shard in range(plan.num_shards) if shard not in ledger.shards]
+    todo = [shard for shard in plan.shards if shard not in ledger.shards]
     observer.planned(len(plan.tiles), sum(len(plan.tile_range(shard)) for shard in ledger.shards))
     if todo:
-        path = str(store.absolute())
-        tasks = (shard_task(plan, shard, path, job.access, ranges) for shard in todo)
-        for row in run_tasks(process_shard, tasks, len(todo), job.config.run, str(store)):
-            ledger.append(row)
+        tasks = (
+            shard_task(plan, shard, absolute(objects), batch.job.access, ranges) for shard in todo
+        )
+        for row in run_tasks(
+            process_shard, tasks, len(todo), batch.job.config.run, objects.location
+        ):
+            batch.lock.check()
+            ledger.append(objects, [row])
             observer.shard_done(len(plan.tile_range(row["shard"])))
-    summary = _commit(store, job, ledger, Store(store, header, {}))
-    return _report(store, ledger, summary, len(todo), (*job.notes, *job.facts.notes))
+    commit = _commit(batch)
+    notes = (*batch.job.notes, *batch.job.facts.notes)
+    return _report(objects.location, batch.history, commit, len(todo), notes)
 
 
-def _commit(store: Path, job: Job, ledger: Ledger, opened: Store) -> dict[str, Any]:
-    """Write manifest and COMMIT.json for every tile that has a frame; the commit's summary."""
-    plan, quarantined = job.plan, ledger.quarantined()
+def _commit(batch: _Batch) -> Commit:
+    """Write manifest and commit for every tile that has a frame.
+
+    Where a new store has no tile nothing is written; the caller says why.
+    """
+    objects, plan, ledger, before = batch.objects, batch.job.plan, batch.ledger, batch.before.commit
+    opened, quarantined = Store(objects, batch.header, None), ledger.quarantined()
     outcomes = {name: _outcome(plan, name, ledger, quarantined, opened) for name in plan.modalities}
     kept = _kept_tiles(plan, outcomes, ledger)
-    facts = job.facts.select(kept)
-    summary = {
-        "inputs": job.num_inputs,
-        "quarantined": len(quarantined),
-        "skipped": len(ledger.with_status(SKIPPED)),
-        "tiles": len(kept),
-        "tiles_left_out": sum(len(row["tiles_left_out"]) for row in ledger.shards.values()),
-        "frames_left_out": sum(
-            len(slots) for row in ledger.shards.values() for slots in row["left_out"].values()
-        ),
-        "splits": split_summary(facts.splits) if plan.config.splits else {},
-        "shards": plan.num_shards,
+    table = manifest_table(plan, outcomes, kept, batch.job.facts.select(kept))
+    if before is not None:
+        old = Store(objects, before.header, before).manifest
+        static = frozenset(n for n, m in plan.modalities.items() if m.settings.config.static)
+        table = merged_manifest(old, table, static)
+    manifest = encode_manifest(table)
+    own = Batch(ledger.number, plan.first_shard, plan.num_shards, {})
+    commit = Commit(
+        number=1,
+        kind=PREPROCESS,
+        parent=None,
+        header=batch.header,
+        manifest=named(manifest_name(ledger.number), manifest),
+        batches=(replace(own, ledger=named(ledger_name(ledger.number), ledger.canonical())),),
+        summary=_summary(batch.history, plan, table["split"].to_pylist()),
+        metadata={},
+    )
+    if before is not None:
+        commit = before.after(
+            APPEND,
+            header=commit.header,
+            manifest=commit.manifest,
+            batches=(*before.batches, *commit.batches),
+            summary=commit.summary,
+        )
+    if before is None and not len(table):
+        return commit
+    batch.lock.check()
+    metadata = write_metadata(objects, commit.header, commit.partitions)
+    objects.write(commit.manifest["path"], manifest)
+    objects.write(ledger_name(ledger.number), ledger.canonical())
+    commit = replace(commit, metadata=metadata)
+    write_commit(objects, commit, before)
+    return commit
+
+
+def _summary(history: History, plan: Plan, splits: list[str | None]) -> dict[str, Any]:
+    rows = history.shards.values()
+    return {
+        "inputs": len(history.inputs()),
+        "quarantined": len(history.quarantined()),
+        "skipped": len(history.skipped()),
+        "tiles": len(splits),
+        "tiles_left_out": sum(len(row["tiles_left_out"]) for row in rows),
+        "frames_left_out": sum(len(slots) for row in rows for slots in row["left_out"].values()),
+        "splits": split_summary(splits) if plan.config.splits else {},
+        "shards": history.num_shards,
     }
-    manifest = encode_manifest(plan, outcomes, kept, facts)
-    # Without a tile there is nothing to commit; the caller says why.
-    if len(kept):
-        write_commit(store, ledger.canonical(), manifest, summary)
-    return summary
 
 
 def _outcome(
@@ -190,24 +391,20 @@ def _kept_tiles(plan: Plan, outcomes: dict[str, ModalityOutcome], ledger: Ledger
     return np.flatnonzero(has_frame)
 
 
-def _finished_report(store: Path) -> JobReport | None:
-    commit = read_commit(store)
-    return None if commit is None else _report(store, Ledger.read(store), commit["summary"], 0)
-
-
 def _report(
-    store: Path,
-    ledger: Ledger,
-    summary: dict[str, Any],
+    store: Location,
+    history: History,
+    commit: Commit,
     written: int,
     notes: tuple[str, ...] = (),
 ) -> JobReport:
+    summary = commit.summary
     return JobReport(
-        store=store,
+        store=str(store),
         inputs=summary["inputs"],
-        quarantined=ledger.quarantined(),
-        skipped=ledger.with_status(SKIPPED),
-        findings=ledger.findings(),
+        quarantined=history.quarantined(),
+        skipped=history.skipped(),
+        findings=history.findings(),
         notes=notes,
         tiles=summary["tiles"],
         tiles_left_out=summary["tiles_left_out"],
@@ -215,4 +412,5 @@ def _report(
         splits=summary["splits"],
         shards=summary["shards"],
         shards_written=written,
+        commit=commit.number,
     )

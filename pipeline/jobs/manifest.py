@@ -39,10 +39,10 @@ class ModalityOutcome:
     thresholds: Sequence[list[float] | None]
 
 
-def encode_manifest(
+def manifest_table(
     plan: Plan, outcomes: dict[str, ModalityOutcome], kept: np.ndarray, facts: TileFacts
-) -> bytes:
-    """The manifest's bytes; `kept` int64 are the committed tiles, `facts` columns of those."""
+) -> pa.Table:
+    """The rows of a batch; `kept` int64 are its committed tiles, `facts` columns of those."""
     at = plan.tiles[kept]
     stacks = at["stack"].tolist()
     shapes = np.array([stack.shape_tiles(plan.config.store.tile_size_px) for stack in plan.stacks])
@@ -63,18 +63,27 @@ def encode_manifest(
     }
     for name, modality in plan.modalities.items():
         columns[name] = _modality_column(plan, modality, outcomes[name], kept)
-    table = pa.table(columns)
+    return pa.table(columns)
+
+
+def encode_manifest(table: pa.Table) -> bytes:
+    """The manifest's bytes."""
     table = table.replace_schema_metadata({"geo": json.dumps(_GEO_METADATA, sort_keys=True)})
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd")
     return sink.getvalue().to_pybytes()
 
 
+def manifest_name(batch: int) -> str:
+    """Where the manifest that a batch brought is kept."""
+    return f"manifest/{batch:06d}.parquet"
+
+
 def present_frames(
     plan: Plan, name: str, outcome: ModalityOutcome
 ) -> tuple[np.ndarray, np.ndarray]:
     """FRAME rows of all planned frames of a modality, in tile order, and bool which are in the store."""
-    parts = [plan.frames(name, plan.tile_range(shard)) for shard in range(plan.num_shards)]
+    parts = [plan.frames(name, plan.tile_range(shard)) for shard in plan.shards]
     frames = np.concatenate([np.empty(0, FRAME), *parts])
     return frames, ~outcome.lost[frames["scene"]] & ~np.isin(frames["slot"], outcome.left_out)
 

@@ -1,26 +1,23 @@
-"""Before the first task: value ranges, the store's header and its empty arrays."""
+"""Before the first task: value ranges, the store's header and metadata, the batch's ledger."""
 
 import importlib.metadata
-import os
-import shutil
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
 from pipeline.bandstats import BandStats
-from pipeline.errors import ArchiveError, SceneError, StoreError
+from pipeline.errors import ArchiveError, SceneError
 from pipeline.georef import ground_sample_distance
 from pipeline.jobs.reading import SceneSource, sample_tiles
 from pipeline.planning.inputs import Job, require_scenes
-from pipeline.planning.plan import ModalityPlan
+from pipeline.planning.plan import ModalityPlan, Plan
 from pipeline.scenes import Access, Scene
 from pipeline.settings.canonical import plain
-from pipeline.storage.commit import LEDGER
-from pipeline.storage.header import modality_header
-from pipeline.storage.layout import FORMAT_VERSION, create_arrays
+from pipeline.storage.header import layouts_of, modality_header
+from pipeline.storage.layout import FORMAT_VERSION, metadata_objects
 from pipeline.storage.ledger import PLANNED, PLANNED_FACTS, REFUSED, SKIPPED, Ledger
+from pipeline.storage.objects import Objects
 
 # Tiles, spread over the archive, from which a value range is estimated.
 _RANGE_SAMPLE_TILES = 64
@@ -32,8 +29,8 @@ _PROVENANCE = ("aptile", "numpy", "numba", "rasterio", "zarr", "tensorstore", "p
 Pairs = tuple[tuple[float, float], ...]
 
 
-def create_store(store: Path, job: Job) -> None:
-    """Make an empty store that knows its plan; in one atomic step."""
+def new_header(job: Job) -> dict[str, Any]:
+    """The header of a new store; reads a sample of pixels where value ranges are to be estimated."""
     config = job.plan.config
     modalities = {}
     for name, modality in job.plan.modalities.items():
@@ -45,26 +42,43 @@ def create_store(store: Path, job: Job) -> None:
         modalities[name] = modality_header(
             modality.layout, _facts(job, modality, ranges, statistics)
         )
-    header = {
+    return {
         "format_version": FORMAT_VERSION,
         "config": plain(config.model_dump()),
         "config_digest": config.digest(),
         "modalities": modalities,
         "provenance": {name: _version(name) for name in _PROVENANCE},
     }
-    layouts = [modality.layout for modality in job.plan.modalities.values()]
-    unfinished = store.with_name(f"{store.name}.{os.getpid()}.partial")
-    try:
-        store.parent.mkdir(parents=True, exist_ok=True)
-        create_arrays(unfinished, layouts, header)
-        Ledger(unfinished / LEDGER, files=_file_rows(job), scenes=_scene_rows(job)).create()
-        unfinished.replace(store)
-    except OSError as error:
-        raise StoreError(
-            f"{store}: cannot create a store here: {error.strerror}; give a path you may write to"
-        ) from None
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def write_metadata(
+    objects: Objects, header: dict[str, Any], partitions: Mapping[str, Iterable[str]]
+) -> dict[str, dict[str, Any]]:
+    """Write every `zarr.json`, the root's last: what a commit names as `metadata`."""
+    made = metadata_objects(header, layouts_of(header).values(), partitions)
+    return {name: objects.write(name, content) for name, content in made.items()}
+
+
+def begin_ledger(job: Job, number: int) -> Ledger:
+    """The ledger of a batch that was just planned."""
+    plan = job.plan
+    head = {"batch": number, "first_shard": plan.first_shard, "num_shards": plan.num_shards}
+    return Ledger(head, _file_rows(job), place_rows(plan), _scene_rows(job))
+
+
+def place_rows(plan: Plan) -> list[dict[str, Any]]:
+    """The places of a plan, for its ledger."""
+    return [
+        {
+            "place": stack.name,
+            "height": stack.grid.height,
+            "width": stack.grid.width,
+            "crs": stack.grid.crs,
+            "transform": None if stack.grid.transform is None else list(stack.grid.transform),
+            "scenes": [scene.id for scene in stack.scenes[plan.lead.name] if scene is not None],
+        }
+        for stack in plan.stacks
+    ]
 
 
 def estimated_statistics(

@@ -3,7 +3,6 @@
 import math
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,11 +10,11 @@ import numpy as np
 from pipeline.cut import fill_partition, leaves, splits_by_budget, splits_by_thresholds
 from pipeline.nodes import level_offsets, node_scores, shared_nodes
 from pipeline.rules import QUANTILE_SAMPLE_TILES, FurtherRule, quantile_thresholds
-from pipeline.storage.header import read_header
 from pipeline.storage.layout import StoreLayout, write_shard
+from pipeline.storage.objects import absolute, objects_at
 from pipeline.storage.partitions import partition_path
 from pipeline.storage.places import FrameRun, Places
-from pipeline.store import Store
+from pipeline.store import Store, open_store
 
 
 @dataclass(frozen=True)
@@ -28,6 +27,7 @@ class RepartitionTask:
     """
 
     store: str
+    commit: int
     name: str
     shard: int
     layout: StoreLayout
@@ -47,8 +47,8 @@ def repartition_task(
     places: Places,
     shard: int,
 ) -> RepartitionTask:
-    """The task of one shard."""
-    tiles = places.shard_tiles(shard)
+    """The task of one shard: all frames of the tiles that have some there."""
+    tiles = places.tiles_in(shard)
     samples: tuple[FrameRun, ...] = ()
     if rule.shared is None:
         sampled, members = places.sampled_of_scene, places.scene[places.entries(tiles)]
@@ -58,7 +58,8 @@ def repartition_task(
     if rule.quantile is not None:
         samples = tuple(sampled(name, QUANTILE_SAMPLE_TILES) for name in names.tolist())
     return RepartitionTask(
-        store=str(store.path.absolute()),
+        store=absolute(store.objects),
+        commit=store.commit.number,
         name=name,
         shard=shard,
         layout=layout,
@@ -72,24 +73,26 @@ def repartition_task(
 
 def repartition_shard(task: RepartitionTask) -> dict[str, Any]:
     """Make and write one shard of a partition; its ledger row (see `PartitionLedger`)."""
-    layout, path = task.layout, Path(task.store)
+    layout, objects = task.layout, objects_at(task.store)
     arrays = layout.partition_arrays(task.name)
     blocks = {
         name: np.full(spec.shard, spec.fill_value, np.dtype(spec.dtype))
         for name, spec in arrays.items()
     }
     if len(task.run.frames):
-        header = read_header(path)
-        assert header is not None
-        store = Store(path, header, {})
+        store = open_store(task.store, task.commit)
         own, deciding = _read_nodes(task, store, task.run)
         splits = _splits(task, store, deciding)
         if task.rule.shared is not None:
             splits = np.repeat(splits, task.run.frames_per_tile, axis=0)
-        slots = task.run.frames - task.shard * layout.shard_capacity
+        # A tile may have frames in other shards too, which decide with those of this one.
+        here = np.flatnonzero(task.run.frames // layout.shard_capacity == task.shard)
+        here = here[np.argsort(task.run.frames[here])]
+        slots = task.run.frames[here] - task.shard * layout.shard_capacity
         group = partition_path(layout.modality, task.name)
-        fill_partition(blocks, group, slots, leaves(splits, own, layout.grid))
-    return {"shard": task.shard, "objects": write_shard(path, arrays, task.shard, blocks)}
+        fill_partition(blocks, group, slots, leaves(splits[here], own[here], layout.grid))
+    written = write_shard(objects, arrays, layout.codec, task.shard, blocks)
+    return {"shard": task.shard, "objects": written}
 
 
 def _read_nodes(

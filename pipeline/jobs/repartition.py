@@ -3,15 +3,14 @@
 Like preprocessing, one task per shard: resumable, and committed in one atomic step at the end.
 """
 
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from pipeline.calibrate import store_curve
 from pipeline.errors import ConfigError, StoreError
 from pipeline.jobs.cluster import Observer, run_tasks
+from pipeline.jobs.prepare import write_metadata
 from pipeline.jobs.recut import repartition_shard, repartition_task
 from pipeline.rules import (
     FurtherRule,
@@ -25,15 +24,11 @@ from pipeline.settings.canonical import canonical_json, plain
 from pipeline.settings.config import DataConfig
 from pipeline.settings.loading import validated
 from pipeline.settings.run import RunConfig
-from pipeline.storage.commit import exclusive, sweep_partials
-from pipeline.storage.layout import StoreLayout, consolidate_partition, create_partition
-from pipeline.storage.partitions import (
-    PartitionLedger,
-    check_new_name,
-    commit_partition,
-    ledger_path,
-    partition_path,
-)
+from pipeline.storage.commit import REPARTITION, Batch, named, write_commit
+from pipeline.storage.layout import StoreLayout
+from pipeline.storage.lock import Held, exclusive
+from pipeline.storage.objects import Location
+from pipeline.storage.partitions import PartitionLedger, check_new_name, partition_ledger_name
 from pipeline.storage.places import Places, places_of
 from pipeline.store import Store, open_store
 
@@ -48,7 +43,7 @@ class RepartitionReport:
     `thresholds`, fine to coarse, are None where the rule has none or they differ by scene.
     """
 
-    store: Path
+    store: str
     name: str
     rule: dict[str, Any]
     thresholds: tuple[float, ...] | None
@@ -59,7 +54,7 @@ class RepartitionReport:
 
 
 def repartition(
-    path: Path,
+    location: Location,
     name: str,
     rule: FurtherRule,
     run: RunConfig,
@@ -68,24 +63,31 @@ def repartition(
 ) -> RepartitionReport:
     """Bring the partition `name` of a store to completion and commit it.
 
-    It is of the first modality unless one is named. Small work, one shard, and `run.workers` 1 are done
-    in this process. Raises StoreError if the store is not committed or the name is taken by another rule,
+    It is of the first modality unless one is named. Where scenes were appended since it was made, their
+    shards are added by the same thresholds. Small work, one shard, and `run.workers` 1 are done in this
+    process. Raises StoreError if the store is not committed or the name is taken by another rule,
     ConfigError for a rule that cannot be followed.
     """
     check_new_name(name)
-    store = open_store(path)
+    store = open_store(location)
     layout = _scored_layout(store, modality)
     _check_rule(store, layout, rule)
-    if name not in store.partitions(layout.modality):
-        with exclusive(path):
-            # Another writer may have finished it while we waited for nothing.
-            store = open_store(path)
-            if name not in store.partitions(layout.modality):
-                written = _complete(store, layout, name, rule, run, observer)
-                return _report(path, layout, name, written)
-    _check_same_rule(name, store.partition(name, layout.modality).rule, rule)
-    consolidate_partition(path, layout, name)
-    return _report(path, layout, name, 0)
+    written = 0
+    if _missing_batches(store, layout, name):
+        with exclusive(store.objects) as lock:
+            # Another writer may have finished it while we looked.
+            store = open_store(location)
+            if _missing_batches(store, layout, name):
+                written = _complete(store, lock, layout, name, rule, run, observer)
+    _check_same_rule(name, open_store(location).partition(name, layout.modality).rule, rule)
+    return _report(location, layout, name, written)
+
+
+def _missing_batches(store: Store, layout: StoreLayout, name: str) -> list[Batch]:
+    """Batches of shards that a partition has not got."""
+    entry = store.commit.partitions.get(layout.modality, {}).get(name)
+    known = [] if entry is None else [what["batch"] for what in entry["ledgers"]]
+    return [batch for batch in store.commit.batches if batch.number not in known]
 
 
 def _scored_layout(store: Store, modality: str | None) -> StoreLayout:
@@ -93,7 +95,7 @@ def _scored_layout(store: Store, modality: str | None) -> StoreLayout:
     if not layout.scored:
         scored = [name for name, other in store.layouts.items() if other.scored]
         raise ConfigError(
-            f"modality {layout.modality} of {store.path} has no scores to cut by; those with scores: "
+            f"modality {layout.modality} of {store.location} has no scores to cut by; those with scores: "
             f"{', '.join(scored)}"
         )
     return layout
@@ -112,7 +114,7 @@ def _check_rule(store: Store, layout: StoreLayout, rule: FurtherRule) -> None:
         if rule.shared is not None:
             raise ConfigError("shared has no effect with uniform_px; leave it out")
     if rule.thresholds is not None:
-        config = validated(DataConfig, store.header["config"], str(store.path))
+        config = validated(DataConfig, store.header["config"], store.location)
         settings = config.settings_of(layout.modality)
         scoring, num_bands = settings.scoring, len(settings.scored_band_names() or layout.bands)
         assert scoring is not None
@@ -124,7 +126,7 @@ def _check_rule(store: Store, layout: StoreLayout, rule: FurtherRule) -> None:
         )
     if rule.shared is not None and places_of(store, layout.modality).num_frames.max() == 1:
         raise ConfigError(
-            f"shared {rule.shared} has no effect: every tile of {store.path} has a single timestep; "
+            f"shared {rule.shared} has no effect: every tile of {store.location} has a single timestep; "
             "leave it out"
         )
 
@@ -144,6 +146,7 @@ def _fixed_thresholds(
 
 def _complete(
     store: Store,
+    lock: Held,
     layout: StoreLayout,
     name: str,
     rule: FurtherRule,
@@ -151,55 +154,106 @@ def _complete(
     observer: Observer,
 ) -> int:
     """Write the shards that are not done yet, and commit; their number."""
-    ledger = _begun(store, layout, name, rule)
-    places = places_of(store, layout.modality)
+    objects, places = store.objects, places_of(store, layout.modality)
+    ledgers = _begun(store, layout, name, rule)
     store.check_shards(places.slots // layout.shard_capacity)
-    todo = [shard for shard in range(layout.num_shards) if shard not in ledger.shards]
+    of_shard = {
+        shard: ledgers[batch.number]
+        for batch in store.commit.batches
+        if batch.number in ledgers
+        for shard in batch.shards
+    }
+    todo = [shard for shard, ledger in of_shard.items() if shard not in ledger.shards]
     left = sum(len(places.shard_tiles(shard)) for shard in todo)
     observer.planned(places.num_tiles, places.num_tiles - left)
-    for row in _rows(store, layout, ledger, rule, places, todo, run):
-        ledger.append(row)
+    head = next(iter(ledgers.values())).head
+    for row in _rows(store, layout, head, rule, places, todo, run):
+        lock.check()
+        of_shard[row["shard"]].append(objects, [row])
         observer.shard_done(len(places.shard_tiles(row["shard"])))
-    commit_partition(store.path, layout.modality, ledger)
-    consolidate_partition(store.path, layout, name)
+    lock.check()
+    _commit(store, layout, head, ledgers)
     return len(todo)
 
 
-def _begun(store: Store, layout: StoreLayout, name: str, rule: FurtherRule) -> PartitionLedger:
-    """The ledger of an interrupted run of the same rule, or a new one beside empty arrays."""
-    group = store.path / partition_path(layout.modality, name)
-    ledger = PartitionLedger.read(ledger_path(store.path, layout.modality, name))
-    if ledger.head:
-        _check_same_rule(name, ledger.head["rule"], rule)
-        sweep_partials(group)
-        return ledger
-    thresholds = _fixed_thresholds(store, layout, rule)
-    shutil.rmtree(group, ignore_errors=True)
-    create_partition(store.path, layout, name)
-    ledger.head = plain({"partition": name, "rule": rule_entry(rule), "thresholds": thresholds})
-    ledger.create()
-    return ledger
+def _begun(
+    store: Store, layout: StoreLayout, name: str, rule: FurtherRule
+) -> dict[int, PartitionLedger]:
+    """Ledgers of the missing batches by number: of an interrupted run of the same rule, or new ones."""
+    objects, modality = store.objects, layout.modality
+    objects.sweep()
+    missing = _missing_batches(store, layout, name)
+    ledgers = {
+        batch.number: PartitionLedger.read(
+            objects, partition_ledger_name(modality, name, batch.number)
+        )
+        for batch in missing
+    }
+    begun = [ledger.head for ledger in ledgers.values() if ledger.head]
+    committed = store.commit.partitions.get(modality, {}).get(name)
+    if committed is not None:
+        if rule.shared is not None:
+            raise StoreError(
+                f"--name {name}: scenes were appended since it was made, and shared {rule.shared} would "
+                "cut what is there anew; give another name"
+            )
+        begun.append(committed)
+    if begun:
+        _check_same_rule(name, begun[0]["rule"], rule)
+        thresholds = begun[0]["thresholds"]
+    else:
+        thresholds = plain(_fixed_thresholds(store, layout, rule))
+    head = {"partition": name, "rule": plain(rule_entry(rule)), "thresholds": thresholds}
+    for number, ledger in ledgers.items():
+        if not ledger.head:
+            ledger.head = {**head, "batch": number}
+            ledger.create(objects)
+    return ledgers
+
+
+def _commit(
+    store: Store, layout: StoreLayout, head: dict[str, Any], ledgers: dict[int, PartitionLedger]
+) -> None:
+    """Make a finished partition visible to readers, in one atomic step."""
+    objects, before, modality = store.objects, store.commit, layout.modality
+    partitions = {name: dict(made) for name, made in before.partitions.items()}
+    own = partitions.setdefault(modality, {})
+    known = own.get(head["partition"], {}).get("ledgers", [])
+    added = []
+    for number, ledger in sorted(ledgers.items()):
+        content = ledger.canonical()
+        objects.write(ledger.name, content)
+        added.append({"batch": number, **named(ledger.name, content)})
+    own[head["partition"]] = {
+        "rule": head["rule"],
+        "thresholds": head["thresholds"],
+        "ledgers": [*known, *added],
+    }
+    metadata = write_metadata(objects, before.header, partitions)
+    write_commit(
+        objects, before.after(REPARTITION, partitions=partitions, metadata=metadata), before
+    )
 
 
 def _rows(
     store: Store,
     layout: StoreLayout,
-    ledger: PartitionLedger,
+    head: dict[str, Any],
     rule: FurtherRule,
     places: Places,
     todo: list[int],
     run: RunConfig,
 ) -> Iterator[dict[str, Any]]:
     """Ledger rows of the shards to do, from workers or from this process."""
-    listed = ledger.head["thresholds"]
+    listed = head["thresholds"]
     thresholds = None if listed is None else tuple(float(t) for t in listed)
-    name = ledger.head["partition"]
     tasks = (
-        repartition_task(store, layout, name, rule, thresholds, places, shard) for shard in todo
+        repartition_task(store, layout, head["partition"], rule, thresholds, places, shard)
+        for shard in todo
     )
     if _in_process(run, len(todo), sum(len(places.shard_tiles(k)) for k in todo), layout):
         return map(repartition_shard, tasks)
-    return run_tasks(repartition_shard, tasks, len(todo), run, str(store.path))
+    return run_tasks(repartition_shard, tasks, len(todo), run, store.location)
 
 
 def _in_process(run: RunConfig, num_shards: int, num_tiles: int, layout: StoreLayout) -> bool:
@@ -220,13 +274,13 @@ def _check_same_rule(name: str, was: dict[str, Any], rule: FurtherRule) -> None:
         )
 
 
-def _report(path: Path, layout: StoreLayout, name: str, written: int) -> RepartitionReport:
-    store = open_store(path)
+def _report(location: Location, layout: StoreLayout, name: str, written: int) -> RepartitionReport:
+    store = open_store(location)
     made = store.partition(name, layout.modality)
     places = places_of(store, layout.modality)
     frames = places.slots
     return RepartitionReport(
-        store=path,
+        store=str(location),
         name=name,
         rule=made.rule,
         thresholds=made.thresholds,

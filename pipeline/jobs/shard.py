@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +24,7 @@ from pipeline.scorers.config import ExternalConfig
 from pipeline.scores import countable, make_scorer
 from pipeline.settings.config import ModalitySettings, ValidityConfig
 from pipeline.storage.layout import ArraySpec, StoreLayout, write_shard
+from pipeline.storage.objects import objects_at
 from pipeline.storage.partitions import DEFAULT_PARTITION, partition_path
 
 # A window read at once stays below this, whatever the width of the scene.
@@ -145,7 +145,8 @@ def process_shard(task: ShardTask) -> dict[str, Any]:
         if modality.layout.tokenized:
             _partition(modality, blocks, thresholds)
         arrays = modality.layout.arrays()
-        outcome.objects |= write_shard(Path(task.store), arrays, task.shard, blocks)
+        codec = modality.layout.codec
+        outcome.objects |= write_shard(objects_at(task.store), arrays, codec, task.shard, blocks)
     return {"shard": task.shard, **vars(outcome)}
 
 

@@ -44,8 +44,15 @@ class Harmonized:
     notes: tuple[str, ...]
 
 
-def harmonize(scenes: Sequence[Scene], modality: ModalityConfig) -> Harmonized:
+def harmonize(
+    scenes: Sequence[Scene],
+    modality: ModalityConfig,
+    store: tuple[float | None, float | None] | None = None,
+) -> Harmonized:
     """Set the shift of every scene, to the lowest of their offsets: shifts are >= 0, nothing is clipped.
+
+    Scenes that come into an existing store get its offset; `store` is its scale and offset, and those it
+    cannot hold without clipping are refused.
 
     A plane's offset is what the file or catalogue states, else what the scene's processing baseline
     means under `modality.baseline`, else `modality.offset`; its scale is the stated one, else
@@ -75,7 +82,7 @@ def harmonize(scenes: Sequence[Scene], modality: ModalityConfig) -> Harmonized:
         else:
             meanings[scene.id] = meaning
     if not meanings:
-        return Harmonized((), modality.scale, modality.offset, refused, ())
+        return Harmonized((), *(store or (modality.scale, modality.offset)), refused, ())
     family = _majority(meanings, modality)
     most = f"most scenes of modality {modality.name} have {family}"
     for scene_id, meaning in meanings.items():
@@ -84,8 +91,10 @@ def harmonize(scenes: Sequence[Scene], modality: ModalityConfig) -> Harmonized:
     kept = [scene for scene in scenes if scene.id not in refused]
     if not meanings[kept[0].id].is_common:
         notes = (f"all {_count(kept)} have {family}: none is shifted",)
+        _check_store(meanings[kept[0].id], (None, None), store, modality)
         return Harmonized(tuple(kept), None, None, refused, notes)
-    return _shifted(kept, meanings, modality, refused)
+    _check_store(meanings[kept[0].id], (meanings[kept[0].id].scale, None), store, modality)
+    return _shifted(kept, meanings, modality, refused, store)
 
 
 def apply_shift(pixels: np.ndarray, valid: np.ndarray, shift: int) -> np.ndarray:
@@ -230,11 +239,14 @@ def _shifted(
     meanings: Mapping[str, _Meaning],
     modality: ModalityConfig,
     refused: dict[str, str],
+    store: tuple[float | None, float | None] | None,
 ) -> Harmonized:
     """Harmonise scenes of one family; `refused` are those that are not of it."""
     scale = meanings[scenes[0].id].scale
     offsets = [meaning.offset for scene in scenes if (meaning := meanings[scene.id])]
     store_offset = min(offsets, key=lambda offset: (offset or 0.0) / (scale or 1.0))
+    if store is not None:
+        store_offset = store[1]
     groups = defaultdict(list)
     for scene in scenes:
         groups[_key(meanings[scene.id].offset), meanings[scene.id].origin].append(scene)
@@ -243,8 +255,8 @@ def _shifted(
     for (offset, origin), group in groups.items():
         shift = _whole_shift(offset, _key(store_offset), scale)
         clause = f"{_count(group)} {origin}" + ("" if offset is None else f" (offset {offset:g})")
-        if shift is None:
-            reason = _no_shift(offset, store_offset, scale)
+        if shift is None or shift < 0:
+            reason = _no_shift(offset, store_offset, scale, shift)
             refused = {**refused, **{scene.id: reason for scene in group}}
             clause += " refused"
         else:
@@ -258,21 +270,49 @@ def _shifted(
     return Harmonized(kept, scale, store_offset, refused, (*notes, *_remarks(kept, modality)))
 
 
+def _check_store(
+    meaning: "_Meaning",
+    known: tuple[float | None, float | None],
+    store: tuple[float | None, float | None] | None,
+    modality: ModalityConfig,
+) -> None:
+    """Raise ArchiveError where further scenes have another scale than the store."""
+    if store is not None and _key(known[0]) != _key(store[0]):
+        raise ArchiveError(
+            f"the new scenes of modality {modality.name} have {meaning.family}, but the store has "
+            f"{_words(*store)}; preprocess them into a store of their own"
+        )
+
+
 def _whole_shift(
     offset: float | None, store_offset: float | None, scale: float | None
 ) -> int | None:
     """The number to add for an offset to become the store's; None where it is not whole or not known."""
-    if offset is None or store_offset is None or offset == store_offset:
+    if offset == store_offset:
         return 0
+    if offset is None or store_offset is None:
+        return None
     if not scale:
         return None
     shift = (offset - store_offset) / scale
     return round(shift) if abs(shift - round(shift)) <= _WHOLE * max(1.0, abs(shift)) else None
 
 
-def _no_shift(offset: float | None, store_offset: float | None, scale: float | None) -> str:
-    assert offset is not None
-    assert store_offset is not None
+def _no_shift(
+    offset: float | None, store_offset: float | None, scale: float | None, shift: int | None
+) -> str:
+    if offset is None or store_offset is None:
+        own, other = (
+            "no known offset" if o is None else f"offset {o:g}" for o in (offset, store_offset)
+        )
+        return (
+            f"has {own}, the store {other}; state modality.offset, or preprocess into another store"
+        )
+    if shift is not None:
+        return (
+            f"has offset {offset:g}, the store {store_offset:g}: {-shift} would have to be taken from its "
+            "numbers, which clips dark pixels; preprocess the whole archive into a new store"
+        )
     text = f"has offset {offset:g}, others {store_offset:g}"
     if not scale:
         return f"{text}, and nothing states a scale to convert them with; give modality.scale"

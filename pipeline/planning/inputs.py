@@ -6,11 +6,11 @@ Headers only: no pixel is read and nothing is written.
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
 
 from pipeline.errors import ArchiveError, SceneError
 from pipeline.locations import is_url
 from pipeline.planning.bands import conform, with_nodata
+from pipeline.planning.existing import Existing
 from pipeline.planning.harmonize import harmonize
 from pipeline.planning.plan import Plan, make_plan
 from pipeline.planning.stacks import Stack, make_stacks
@@ -20,6 +20,7 @@ from pipeline.scenes import Access, Listing, Scene
 from pipeline.settings.config import DataConfig, ModalitySettings, PreprocessConfig
 from pipeline.sources import archive_access, list_scenes, source_files
 from pipeline.storage.header import read_header
+from pipeline.storage.objects import objects_at
 
 
 @dataclass(frozen=True)
@@ -27,17 +28,20 @@ class Job:
     """A planned job: what will be made of which inputs.
 
     `inputs` are the ids of all scenes by modality. `refused` and `skipped` hold reasons by scene id,
-    `notes` what was decided and why. `files` are fingerprints by modality and name.
+    `notes` what was decided and why. `files` are fingerprints by modality and name; `scene_files` are those
+    names of them whose scenes the existing store has.
     """
 
     archive: str
     access: Access
     plan: Plan
+    existing: Existing
     inputs: dict[str, tuple[str, ...]]
     refused: dict[str, str]
     skipped: dict[str, str]
     notes: tuple[str, ...]
     files: dict[tuple[str, str], str]
+    scene_files: frozenset[str]
     config: PreprocessConfig
 
     @property
@@ -50,46 +54,62 @@ class Job:
         return tile_facts(self.plan, self.access.roots[0], self.access)
 
 
-def plan_job(archive: str, config: PreprocessConfig) -> Job:
+def plan_job(
+    archive: str,
+    config: PreprocessConfig,
+    existing: Existing | None = None,
+    only: frozenset[str] | None = None,
+) -> Job:
     """Find the scenes, check their headers, lay out the tiles; nothing is written.
 
-    Raises ArchiveError where no scene is left or the scenes contradict each other.
+    On top of an existing store, only scenes it has not got are inputs; `only` names those of a batch that
+    was planned before. Raises ArchiveError where no scene is left or the scenes contradict each other.
     """
     _refuse_store(archive)
+    existing = existing or Existing()
     access, data = archive_access(archive, config.run), config.data()
-    found = _Found()
+    found = _Found(existing.inputs)
     scenes: dict[str, Sequence[Scene]] = {}
     offsets = {}
+    scene_files: set[str] = set()
     for settings in data.all_modalities():
         listing = _unique(list_scenes(archive, settings.config, access), settings, data)
+        scene_files |= _files_of(listing, existing, access)
+        listing = _new(listing, settings, existing, only)
         found.take(settings.name, listing, score_files(settings))
         listed = with_nodata(listing.scenes, settings.config.nodata)
         accepted = found.without(conform(settings, listed))
         accepted = found.without(_with_scores(accepted, settings, access))
-        harmonized = harmonize(accepted, settings.config)
+        harmonized = harmonize(accepted, settings.config, existing.meanings.get(settings.name))
         found.notes += [f"{settings.name}: {note}" for note in harmonized.notes]
         found.refused |= harmonized.refused
         scenes[settings.name] = harmonized.scenes
         offsets[settings.name] = harmonized.scale, harmonized.offset
+    if existing.layouts:
+        found.require_new(archive)
     found.require(archive, scenes)
-    sorting = make_stacks(data, scenes)
+    sorting = make_stacks(data, scenes, existing.places)
     found.refused |= sorting.refused
     found.skipped |= sorting.skipped
     if not sorting.stacks:
         found.require(archive, dict.fromkeys(scenes, ()))
-    found.require_beside(sorting.stacks)
+    if not existing.layouts:
+        found.require_beside(sorting.stacks)
     _refuse_static_series(data, sorting.stacks)
     check_located(data, sorting.stacks)
-    plan = make_plan(data, sorting.stacks, offsets)
+    stacks = [_without_known_static(data, stack, existing) for stack in sorting.stacks]
+    plan = make_plan(data, stacks, offsets, existing)
     job = Job(
         archive=archive,
         access=access,
         plan=plan,
+        existing=existing,
         inputs={name: tuple(sorted(ids)) for name, ids in found.ids.items()},
-        refused=dict(sorted(found.refused.items())),
-        skipped=dict(sorted(found.skipped.items())),
+        refused=_without(found.refused, existing.inputs),
+        skipped=_without(found.skipped, existing.inputs),
         notes=tuple(found.notes),
         files=found.files,
+        scene_files=frozenset(scene_files),
         config=config,
     )
     if data.labels is not None or data.splits is not None:
@@ -111,11 +131,16 @@ def archive_files(archive: str, config: PreprocessConfig) -> dict[tuple[str, str
     }
 
 
+class NothingNewError(ArchiveError):
+    """There is nothing to append."""
+
+
 @dataclass
 class _Found:
-    """What the listings of all modalities come to."""
+    """What the listings of all modalities come to; `known` are ids the store has already."""
 
-    ids: dict[str, list[str]] = field(default_factory=dict)
+    known: frozenset[str] = frozenset()
+    ids: dict[str, set[str]] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -123,7 +148,7 @@ class _Found:
 
     def take(self, modality: str, listing: Listing, scores: dict[str, str]) -> None:
         own = [scene.id for scene in listing.scenes]
-        self.ids[modality] = [*own, *listing.refused, *listing.skipped]
+        self.ids[modality] = {*own, *listing.refused, *listing.skipped} - self.known
         self.refused |= listing.refused
         self.skipped |= listing.skipped
         self.notes += [f"{modality}: {note}" for note in listing.notes]
@@ -140,6 +165,18 @@ class _Found:
         if not scenes[lead]:
             require_scenes(archive, len(self.ids[lead]), 0, self.reasons(lead))
 
+    def require_new(self, archive: str) -> None:
+        """Raise NothingNewError without any input, ArchiveError if only the leading modality has none."""
+        lead, *others = self.ids
+        beside = next((name for name in others if self.ids[name]), None)
+        if not self.ids[lead] and beside is None:
+            raise NothingNewError(f"{archive}: the store has all of its scenes")
+        if not self.ids[lead]:
+            raise ArchiveError(
+                f"{archive}: {len(self.ids[beside or lead])} scenes of modality {beside} are new, but none "
+                f"of modality {lead}, whose places and dates lead; append them together"
+            )
+
     def require_beside(self, stacks: Sequence[Stack]) -> None:
         """Raise ArchiveError, which gives the first reason, if another modality has no usable scene."""
         for name in self.ids:
@@ -153,8 +190,56 @@ class _Found:
 
     def reasons(self, modality: str) -> dict[str, str]:
         """Why scenes of a modality are not used, by id."""
-        own = set(self.ids[modality])
+        own = self.ids[modality]
         return {s: r for s, r in {**self.skipped, **self.refused}.items() if s in own}
+
+
+def _new(
+    listing: Listing, settings: ModalitySettings, existing: Existing, only: frozenset[str] | None
+) -> Listing:
+    """The scenes a store has not got; all of a static modality, which new places need as well."""
+    known = existing.inputs if not settings.config.static else frozenset[str]()
+
+    def wanted(scene: str) -> bool:
+        return scene not in known and (only is None or scene in only or scene in existing.inputs)
+
+    return replace(
+        listing,
+        scenes=tuple(scene for scene in listing.scenes if wanted(scene.id)),
+        refused={scene: reason for scene, reason in listing.refused.items() if wanted(scene)},
+        skipped={scene: reason for scene, reason in listing.skipped.items() if wanted(scene)},
+    )
+
+
+def _files_of(listing: Listing, existing: Existing, access: Access) -> set[str]:
+    """Names, as in `Listing.files`, of raster files whose scenes a store has."""
+    root = f"{access.roots[0].rstrip('/')}/"
+    known = (scene for scene in listing.scenes if scene.id in existing.inputs)
+    return {
+        asset.href.removeprefix(root)
+        for scene in known
+        for asset in scene.assets
+        if asset.kind == "raster"
+    }
+
+
+def _without_known_static(config: DataConfig, stack: Stack, existing: Existing) -> Stack:
+    """Where the store has the place and its static scene, that one is not stored again."""
+    if stack.name not in existing.places:
+        return stack
+    scenes = {
+        name: (None,)
+        if config.settings_of(name).config.static
+        and found[0] is not None
+        and found[0].id in existing.inputs
+        else found
+        for name, found in stack.scenes.items()
+    }
+    return replace(stack, scenes=scenes)
+
+
+def _without(reasons: dict[str, str], known: frozenset[str]) -> dict[str, str]:
+    return {scene: reason for scene, reason in sorted(reasons.items()) if scene not in known}
 
 
 def require_scenes(archive: str, inputs: int, usable: int, reasons: dict[str, str]) -> None:
@@ -182,7 +267,7 @@ def _refuse_static_series(config: DataConfig, stacks: Sequence[Stack]) -> None:
 
 def _refuse_store(archive: str) -> None:
     """Raise ArchiveError for what is no archive, but a store made of one."""
-    if not is_url(archive) and read_header(Path(archive)) is not None:
+    if not is_url(archive) and read_header(objects_at(archive)) is not None:
         raise ArchiveError(f"{archive} is an aptile store; give the archive that it was made of")
 
 

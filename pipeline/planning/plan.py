@@ -4,15 +4,17 @@ Pure: from scene headers and a configuration, without reading a pixel or touchin
 frame's place is fixed before any work starts, so the bytes of a store cannot depend on scheduling.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import zip_longest
 
 import numpy as np
 
 from pipeline.errors import ArchiveError
 from pipeline.grid import BaseGrid
 from pipeline.planning.bands import SetShape, set_shapes
+from pipeline.planning.existing import Existing, Meaning
 from pipeline.planning.stacks import Stack
 from pipeline.scenes import Scene
 from pipeline.scorers.config import ExternalConfig
@@ -87,7 +89,7 @@ class ModalityPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """Tiles in storage order: shard `k` holds tiles `[k * shard_tiles, (k + 1) * shard_tiles)`."""
+    """Tiles in storage order: `num_shards` shards from `first_shard` on, with `shard_tiles` in each."""
 
     config: DataConfig
     stacks: tuple[Stack, ...]
@@ -95,6 +97,12 @@ class Plan:
     num_shards: int
     shard_tiles: int
     modalities: dict[str, ModalityPlan]
+    first_shard: int = 0
+
+    @property
+    def shards(self) -> range:
+        """Numbers of the batch's shards."""
+        return range(self.first_shard, self.first_shard + self.num_shards)
 
     @property
     def lead(self) -> ModalityPlan:
@@ -103,7 +111,7 @@ class Plan:
 
     def tile_range(self, shard: int) -> range:
         """The tiles of one shard."""
-        first = shard * self.shard_tiles
+        first = (shard - self.first_shard) * self.shard_tiles
         return range(first, min(first + self.shard_tiles, len(self.tiles)))
 
     def frames(self, modality: str, tiles: range) -> np.ndarray:
@@ -140,7 +148,7 @@ class Plan:
             shard = np.arange(len(self.tiles)) // self.shard_tiles
             first = before[:: self.shard_tiles][shard]
             capacity = self.modalities[modality].layout.shard_capacity
-            self._starts[modality] = shard * capacity + before - first
+            self._starts[modality] = (self.first_shard + shard) * capacity + before - first
         return self._starts[modality]
 
     @cached_property
@@ -151,33 +159,76 @@ class Plan:
 def make_plan(
     config: DataConfig,
     stacks: Sequence[Stack],
-    offsets: dict[str, tuple[float | None, float | None]],
+    meanings: Mapping[str, Meaning],
+    existing: Existing | None = None,
 ) -> Plan:
-    """Lay out all tiles of all stacks; `offsets` holds scale and offset by modality.
+    """Lay out all tiles of all stacks; `meanings` holds scale and offset by modality.
 
-    Raises ArchiveError where scenes of one modality differ in what one array needs to be.
+    On top of an existing store, shards come after its own and are as large. Raises ArchiveError where
+    scenes of one modality differ in what one array needs to be.
     """
+    existing = existing or Existing()
     scenes = {settings.name: _used(stacks, settings.name) for settings in config.all_modalities()}
     shapes = {
-        settings.name: set_shapes(
-            settings, config.store.tile_size_px, stacks, scenes[settings.name]
-        )
+        settings.name: _shapes(config, settings, stacks, scenes[settings.name], existing)
         for settings in config.all_modalities()
     }
     tiles = np.concatenate(
         [_stack_tiles(index, stack, config) for index, stack in enumerate(stacks)]
     )
     per_tile = {name: frames_per_stack(stacks, name) for name in shapes}
-    shard_tiles = _tiles_per_shard(config, len(tiles), shapes, per_tile)
+    shard_tiles = _tiles_per_shard(config, len(tiles), shapes, per_tile, existing.layouts)
     num_shards = -(-len(tiles) // shard_tiles)
     modalities = {}
     for settings in config.all_modalities():
         name = settings.name
         frames = per_tile[name][tiles["stack"]]
-        capacity = int(np.add.reduceat(frames, np.arange(0, len(tiles), shard_tiles)).max())
-        layout = _layout(config, settings, shapes[name], num_shards, _rounded(max(1, capacity)))
-        modalities[name] = ModalityPlan(settings, layout, scenes[name], *offsets[name])
-    return Plan(config, tuple(stacks), tiles, num_shards, shard_tiles, modalities)
+        fullest = int(np.add.reduceat(frames, np.arange(0, len(tiles), shard_tiles)).max())
+        known = existing.layouts.get(name)
+        capacity = _capacity(fullest) if known is None else known.shard_capacity
+        total = existing.first_shard + num_shards
+        layout = _layout(config, settings, shapes[name], total, capacity)
+        if known is not None:
+            _check_alike(layout, known)
+        modalities[name] = ModalityPlan(settings, layout, scenes[name], *meanings[name])
+    return Plan(
+        config, tuple(stacks), tiles, num_shards, shard_tiles, modalities, existing.first_shard
+    )
+
+
+def _shapes(
+    config: DataConfig,
+    settings: ModalitySettings,
+    stacks: Sequence[Stack],
+    scenes: Sequence[Scene],
+    existing: Existing,
+) -> list[SetShape]:
+    """Band sets of the scenes; a modality without any new one keeps those the store has."""
+    known = existing.layouts.get(settings.name)
+    if known is None or scenes:
+        return set_shapes(settings, config.store.tile_size_px, stacks, scenes)
+    return [SetShape(s.name, s.bands, s.dtype, s.tile_size_px) for s in known.band_sets]
+
+
+def _capacity(fullest: int) -> int:
+    """Frame slots of a shard, for the fullest run of tiles."""
+    return _rounded(max(1, fullest))
+
+
+def _check_alike(layout: StoreLayout, known: StoreLayout) -> None:
+    """Raise ArchiveError unless further scenes fit the arrays a store has."""
+    for band_set, other in zip_longest(layout.band_sets, known.band_sets):
+        if band_set != other:
+            raise ArchiveError(
+                f"the new scenes of modality {layout.modality} form {_in_words(band_set)}, but the store "
+                f"holds {_in_words(other)}; preprocess them into a store of their own"
+            )
+
+
+def _in_words(band_set: BandSet | None) -> str:
+    if band_set is None:
+        return "no such band set"
+    return f"{', '.join(band_set.bands)} as {band_set.dtype} in tiles of {band_set.tile_size_px} px"
 
 
 def frames_per_stack(stacks: Sequence[Stack], modality: str) -> np.ndarray:
@@ -226,13 +277,22 @@ def _tiles_per_shard(
     num_tiles: int,
     shapes: dict[str, list[SetShape]],
     per_tile: dict[str, np.ndarray],
+    known: Mapping[str, StoreLayout],
 ) -> int:
-    """Tiles per shard: as configured, fewer where memory asks for it, in equal runs."""
+    """Tiles per shard: as configured, fewer where memory or a store's slots ask for it, in equal runs."""
     tile_bytes = sum(
         per_tile[name] * sum(shape.frame_bytes for shape in of_set)
         for name, of_set in shapes.items()
     )
     most = max(1, min(config.store.shard_tiles, SHARD_BYTES // max(1, int(np.max(tile_bytes)))))
+    for name, layout in known.items():
+        frames = int(np.max(per_tile[name], initial=0))
+        if frames > layout.shard_capacity:
+            raise ArchiveError(
+                f"tiles have {frames} new frames of modality {name}, but the store's shards have room for "
+                f"{layout.shard_capacity}; append fewer dates at once"
+            )
+        most = min(most, layout.shard_capacity // max(1, frames))
     # Equal runs: 600 tiles at 512 per shard are 2 x 300, not 512 + 88.
     return _rounded(-(-num_tiles // -(-num_tiles // most)))
 

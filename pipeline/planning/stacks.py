@@ -6,13 +6,14 @@ contradicts something) or skipped (nothing asks for it), with a reason.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 
 import numpy as np
 
 from pipeline.errors import ArchiveError
+from pipeline.planning.existing import KnownPlace
 from pipeline.planning.gridding import (
     boxes_overlap,
     corner_key,
@@ -58,14 +59,19 @@ class Sorting:
     skipped: dict[str, str] = field(default_factory=dict)
 
 
-def make_stacks(config: DataConfig, scenes: dict[str, Sequence[Scene]]) -> Sorting:
+def make_stacks(
+    config: DataConfig,
+    scenes: dict[str, Sequence[Scene]],
+    known: Mapping[str, KnownPlace] | None = None,
+) -> Sorting:
     """Stacks, in the order of their names, of the scenes of every modality.
 
-    Ids must be unique over all modalities. Raises ArchiveError where two places have one name.
+    Scenes at one of the `known` places of a store keep its name and grid. Ids must be unique over all
+    modalities. Raises ArchiveError where two places have one name.
     """
     sorting = Sorting()
     lead = config.all_modalities()[0].name
-    drafts = _Places(config, sorting).of(scenes[lead])
+    drafts = _Places(config, sorting, known or {}).of(scenes[lead])
     beside = {
         settings.name: _attach(config, settings.name, scenes[settings.name], drafts, sorting)
         for settings in config.all_modalities()[1:]
@@ -103,17 +109,24 @@ def finest(scene: Scene) -> Grid:
 class _Places:
     """Groups the scenes of the first modality into places."""
 
-    def __init__(self, config: DataConfig, sorting: Sorting) -> None:
+    def __init__(
+        self, config: DataConfig, sorting: Sorting, known: Mapping[str, KnownPlace]
+    ) -> None:
         self.config, self.sorting = config, sorting
         self.named = named_grid(config.grid)
+        self.known: dict[object, KnownPlace] = {}
+        for place in known.values():
+            self.known[NAMED_PLACE if self.named else ("place", place.name)] = place
+            if place.grid.crs is not None:
+                self.known["grid", *grid_key(place.grid)] = place
 
     def of(self, scenes: Sequence[Scene]) -> list[_Draft]:
         groups: dict[object, list[Scene]] = defaultdict(list)
         for scene in sorted(scenes, key=_chronological):
             groups[self._key(scene)].append(scene)
         drafts = []
-        for members in groups.values():
-            drafts += self._draft(members)
+        for key, members in groups.items():
+            drafts.append(self._draft(members, self.known.get(key)))
         return [draft for draft in drafts if draft.scenes]
 
     def _key(self, scene: Scene) -> object:
@@ -127,16 +140,38 @@ class _Places:
             return ("scene", scene.id)
         return ("grid", *grid_key(grid))
 
-    def _draft(self, members: list[Scene]) -> list[_Draft]:
-        grid = self.named or finest(members[0])
+    def _draft(self, members: list[Scene], known: KnownPlace | None) -> _Draft:
+        grid = known.grid if known else self.named or finest(members[0])
         name = NAMED_PLACE if self.named else members[0].place or self._own_name(members)
+        name = known.name if known else name
         kept = []
         for scene in members:
             placed = self._onto(scene, grid, name)
             if placed is not None:
                 kept.append(placed)
+        if known is not None:
+            kept = self._without_known(kept, known)
         kept = self._without_doubles(kept, name)
-        return [_Draft(name, grid, kept)]
+        return _Draft(name, grid, kept)
+
+    def _without_known(self, scenes: list[Scene], known: KnownPlace) -> list[Scene]:
+        """Scenes whose date the store has not got yet."""
+        kept = []
+        for scene in scenes:
+            same = known.scenes.get(scene.datetime) or known.scenes.get(None)
+            if same is not None:
+                self.sorting.refused[scene.id] = (
+                    f"has place {known.name} and date {scene.datetime} in common with {same}, which is in "
+                    "the store; keep one of them"
+                )
+            elif scene.datetime is None and known.scenes:
+                self.sorting.refused[scene.id] = (
+                    f"has no date, and place {known.name} has {len(known.scenes) + 1} scenes; give "
+                    "{date} in the pattern, or dates.tag or dates.csv"
+                )
+            else:
+                kept.append(scene)
+        return kept
 
     def _own_name(self, members: list[Scene]) -> str:
         """The first scene's file name below the modality's source; for a step of a cube, the cube's."""

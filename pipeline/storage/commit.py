@@ -1,54 +1,148 @@
-"""How a store becomes durable: atomic objects, the ledger, the lock and COMMIT.json.
+"""Commits: what makes written objects a state that readers see, and keeps every earlier state readable.
 
-Order of writes: every object of a shard (temporary name, fsync, rename), then the shard's ledger row,
-and after the last shard the manifest, the ledger in canonical order and COMMIT.json. A shard counts
-only once its row is in the ledger; a reader trusts only what COMMIT.json names.
+A commit names everything a reader needs: the header, the manifest, the ledger of every batch of shards,
+further partitions. Objects that a commit names never change; the next commit adds others. COMMIT.json
+is the newest one, `commits/` keeps all. Order of writes: the objects of a shard, its ledger row, the
+metadata, the manifest, the ledger in canonical order, the commit under its number, COMMIT.json.
 """
 
-import fcntl
 import hashlib
 import json
-import os
-import socket
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from pipeline.errors import IntegrityError, LockedError, StoreError
-from pipeline.settings.canonical import canonical_json
+from pipeline.errors import IntegrityError, StoreError
+from pipeline.settings.canonical import canonical_json, plain
+from pipeline.storage.objects import Objects, entry
 
-LEDGER = "ledger.jsonl"
-MANIFEST = "manifest.parquet"
 COMMIT = "COMMIT.json"
-LOCK = ".lock"
-PARTIAL_SUFFIX = ".partial"
+COMMITS = "commits"
+PREPROCESS, APPEND, REPARTITION = "preprocess", "append", "repartition"
+MEND = "the store is damaged; `aptile verify` says what is, and how to mend it"
 
 
-def write_object(path: Path, content: bytes) -> dict[str, Any]:
-    """Write a whole object durably and atomically; its size and sha256 for the ledger."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL_SUFFIX}")
+@dataclass(frozen=True)
+class Batch:
+    """Shards that one run of preprocessing planned: `[first_shard, first_shard + num_shards)`.
+
+    `ledger` names its ledger (`path`, `bytes`, `sha256`).
+    """
+
+    number: int
+    first_shard: int
+    num_shards: int
+    ledger: dict[str, Any]
+
+    @property
+    def shards(self) -> range:
+        return range(self.first_shard, self.first_shard + self.num_shards)
+
+
+@dataclass(frozen=True)
+class Commit:
+    """One committed state of a store. `kind` says what made it, `parent` is the sha256 of the one before.
+
+    `header` is `pipeline.storage.header`'s; `manifest` and `metadata` name objects with `bytes` and
+    `sha256`; `partitions` has, by modality and name, `rule`, `thresholds` and one of `ledgers` per batch.
+    """
+
+    number: int
+    kind: str
+    parent: str | None
+    header: dict[str, Any]
+    manifest: dict[str, Any]
+    batches: tuple[Batch, ...]
+    summary: dict[str, Any]
+    metadata: dict[str, dict[str, Any]]
+    partitions: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def num_shards(self) -> int:
+        return sum(batch.num_shards for batch in self.batches)
+
+    def encode(self) -> bytes:
+        """The commit as it is stored; its last field is the sha256 of the others."""
+        # Not sorted: the header's first modality leads.
+        content = plain(asdict(self))
+        content["sha256"] = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+        return json.dumps(content, indent=2).encode() + b"\n"
+
+    def after(self, kind: str, **changes: Any) -> "Commit":
+        """The next commit, with some of its fields changed."""
+        parent = hashlib.sha256(self.encode()).hexdigest()
+        return replace(self, number=self.number + 1, kind=kind, parent=parent, **changes)
+
+
+def decode(content: bytes) -> Commit:
+    """The commit in some bytes; ValueError where a single byte is not as it was written."""
     try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise StoreError(
-            f"{path}: cannot write {len(content)} bytes: {error.strerror}; free some space or check "
-            "the permissions, then run the same command again"
+        fields = json.loads(content)
+        fields.pop("sha256")
+        batches = tuple(Batch(**batch) for batch in fields.pop("batches"))
+        commit = Commit(**fields, batches=batches)
+        if commit.encode() == content:
+            return commit
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError("no commit") from error
+    raise ValueError("its checksum does not match")
+
+
+def commit_name(number: int) -> str:
+    """Where the commit of a number is kept."""
+    return f"{COMMITS}/{number:06d}.json"
+
+
+def read_commit(objects: Objects, number: int | None = None) -> Commit | None:
+    """The newest commit of a store, or one by its number; None if there is none.
+
+    Raises IntegrityError where it is damaged.
+    """
+    name = COMMIT if number is None else commit_name(number)
+    try:
+        return decode(objects.read(name))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValueError as error:
+        raise IntegrityError(
+            f"{objects.location}/{name} is not a commit ({error}); {MEND}"
         ) from None
-    _sync_folder(path.parent)
-    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
-def sweep_partials(store: Path) -> None:
-    """Remove what killed writers left; only the holder of the lock may call this."""
-    for partial in store.rglob(f"*{PARTIAL_SUFFIX}"):
-        partial.unlink(missing_ok=True)
+def write_commit(objects: Objects, commit: Commit, before: Commit | None) -> None:
+    """Make a commit visible to readers, in one atomic step; everything it names is durable already."""
+    content = commit.encode()
+    objects.write(commit_name(commit.number), content)
+    objects.swap(COMMIT, content, None if before is None else before.encode())
+
+
+def all_commits(objects: Objects) -> Iterator[Commit]:
+    """Every commit from the first to the newest. Raises IntegrityError where one is missing or damaged."""
+    newest = read_commit(objects)
+    for number in range(1, newest.number if newest is not None else 0):
+        commit = read_commit(objects, number)
+        if commit is None:
+            raise IntegrityError(f"{objects.location}/{commit_name(number)} is missing; {MEND}")
+        yield commit
+    if newest is not None:
+        yield newest
+
+
+def named(name: str, content: bytes) -> dict[str, Any]:
+    """How a commit names an object."""
+    return {"path": name, **entry(content)}
+
+
+def read_named(objects: Objects, what: dict[str, Any]) -> bytes:
+    """The object a commit names by `path`; IntegrityError if it is lost or another one."""
+    try:
+        content = objects.read(what["path"])
+    except FileNotFoundError:
+        content = None
+    if content is None or hashlib.sha256(content).hexdigest() != what["sha256"]:
+        found = "is missing" if content is None else "differs from what was committed"
+        raise IntegrityError(f"{objects.location}/{what['path']} {found}; {MEND}")
+    return content
 
 
 def encode_rows(rows: Iterable[dict[str, Any]]) -> bytes:
@@ -56,120 +150,25 @@ def encode_rows(rows: Iterable[dict[str, Any]]) -> bytes:
     return b"".join(canonical_json(row) + b"\n" for row in rows)
 
 
-def read_rows(path: Path, take: Callable[[dict[str, Any]], None]) -> None:
-    """Hand every row of a ledger to `take`; an incomplete last line does not count.
+def take_rows(content: bytes, where: str, take: Callable[[dict[str, Any]], None]) -> None:
+    """Hand every row of a ledger to `take`.
 
     Raises IntegrityError where a line is no JSON, or `take` cannot use it.
     """
-    whole_lines = path.read_bytes().split(b"\n")[:-1]
-    for number, line in enumerate(whole_lines, start=1):
+    for number, line in enumerate(content.split(b"\n")[:-1], start=1):
         try:
             take(json.loads(line))
         except (ValueError, KeyError, TypeError):
-            raise IntegrityError(
-                f"{path}: line {number} is not a ledger row; the store is damaged, "
-                "preprocess into a new one"
-            ) from None
+            raise IntegrityError(f"{where}: line {number} is not a ledger row; {MEND}") from None
 
 
-def append_row(path: Path, row: dict[str, Any]) -> None:
-    """Add a row to a ledger durably."""
-    with path.open("r+b") as file:
-        # A torn line of an earlier crash would swallow this row.
-        kept = file.read().rfind(b"\n") + 1 if _torn(path) else file.seek(0, os.SEEK_END)
-        file.seek(kept)
-        file.truncate()
-        file.write(canonical_json(row) + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _torn(path: Path) -> bool:
-    with path.open("rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        if size == 0:
-            return False
-        file.seek(size - 1)
-        return file.read(1) != b"\n"
-
-
-def write_commit(store: Path, ledger: bytes, manifest: bytes, summary: dict[str, Any]) -> None:
-    """Make everything in the ledger visible to readers, in one atomic step."""
-    objects = {
-        MANIFEST: write_object(store / MANIFEST, manifest),
-        LEDGER: write_object(store / LEDGER, ledger),
-    }
-    replace_commit(store, {"objects": objects, "summary": summary})
-
-
-def replace_commit(store: Path, content: dict[str, Any]) -> None:
-    """Put another COMMIT.json in place of the present one, in one atomic step."""
-    write_object(store / COMMIT, json.dumps(content, indent=2, sort_keys=True).encode() + b"\n")
-
-
-def read_commit(store: Path) -> dict[str, Any] | None:
-    """The commit of a store, or None while its job is unfinished.
-
-    `objects` and `summary`, and `partitions` by modality and name (the default one is not among them).
-    """
-    try:
-        content = json.loads((store / COMMIT).read_bytes())
-        return {
-            "objects": dict(content["objects"]),
-            "summary": dict(content["summary"]),
-            "partitions": {m: dict(named) for m, named in content.get("partitions", {}).items()},
-        }
-    except FileNotFoundError:
-        return None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise IntegrityError(
-            f"{store / COMMIT}: not a commit; the store is damaged, preprocess into a new one"
-        ) from None
-
-
-def read_committed(store: Path, name: str, commit: dict[str, Any]) -> bytes:
-    """An object that COMMIT.json names; IntegrityError if it is not the one committed."""
-    return read_checked(store / name, commit["objects"][name]["sha256"])
-
-
-def read_checked(path: Path, sha256: str) -> bytes:
-    """An object's content; IntegrityError if it is lost or another one."""
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        content = None
-    if content is None or hashlib.sha256(content).hexdigest() != sha256:
-        found = "is missing" if content is None else "differs from what was committed"
-        raise IntegrityError(f"{path} {found}; the store is damaged, preprocess into a new one")
-    return content
-
-
-@contextmanager
-def exclusive(store: Path) -> Iterator[None]:
-    """Hold the store for writing; LockedError names the holder. A dead holder's lock is free."""
-    path = store / LOCK
-    with path.open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise LockedError(
-                f"{store} is being written by {file.read().strip() or 'another process'}; wait for "
-                "it to end, or stop it"
-            ) from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
-        try:
-            yield
-        finally:
-            # The file stays: removing it could hand two later holders two different files.
-            file.truncate(0)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def require_commit(objects: Objects, number: int | None) -> Commit:
+    """A commit that must be there; StoreError, which lists the numbers there are, if it is not."""
+    commit = read_commit(objects, number)
+    if commit is None:
+        newest = read_commit(objects)
+        there = "none" if newest is None else f"1 to {newest.number}"
+        raise StoreError(
+            f"{objects.location}: no commit {number}; there are {there}, see `aptile log`"
+        )
+    return commit

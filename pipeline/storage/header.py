@@ -1,7 +1,6 @@
 """The store's header: what a reader must know before it reads an array, and its validation."""
 
 import json
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, ValidationError
@@ -9,23 +8,48 @@ from pydantic import Field, ValidationError
 from pipeline.errors import ConfigError, IntegrityError, StoreError
 from pipeline.grid import MAX_SCALES, MAX_TILE_PX, BaseGrid
 from pipeline.scorers.config import Frozen, Identifier
-from pipeline.storage.layout import FORMAT_NAME, FORMAT_VERSION, BandSet, StoreLayout
+from pipeline.storage.layout import (
+    FORMAT_NAME,
+    FORMAT_VERSION,
+    ROOT_METADATA,
+    BandSet,
+    StoreLayout,
+)
+from pipeline.storage.objects import Objects
 
 
-def read_header(path: Path) -> dict[str, Any] | None:
-    """The store's own attributes; None if `path` is no aptile store of a version we can read."""
+def read_header(objects: Objects) -> dict[str, Any] | None:
+    """The store's own attributes; None if there is no aptile store of a version we can read."""
     try:
-        attributes = json.loads((path / "zarr.json").read_text())["attributes"]
+        attributes = json.loads(objects.read(ROOT_METADATA))["attributes"]
         header = dict(attributes[FORMAT_NAME])
     except (OSError, ValueError, KeyError, TypeError):
         return None
+    check_version(objects.location, header)
+    return header
+
+
+def check_version(location: str, header: dict[str, Any]) -> None:
+    """Raise StoreError for a store of another version of the format."""
     version = header.get("format_version")
     if version != FORMAT_VERSION:
         raise StoreError(
-            f"{path}: written in format version {version!r}; this aptile reads {FORMAT_VERSION!r}. "
+            f"{location}: written in format version {version!r}; this aptile reads {FORMAT_VERSION!r}. "
             "Install the aptile that wrote it, or preprocess the archive again"
         )
-    return header
+
+
+def grown(header: dict[str, Any], num_shards: int) -> dict[str, Any]:
+    """The header of a store that has more shards."""
+    modalities = {
+        name: {**facts, "num_shards": num_shards} for name, facts in header["modalities"].items()
+    }
+    return {**header, "modalities": modalities}
+
+
+def layouts_of(header: dict[str, Any]) -> dict[str, StoreLayout]:
+    """The layout of every modality, the leading one first; IntegrityError if the header describes none."""
+    return {name: layout_from_header(name, entry) for name, entry in header["modalities"].items()}
 
 
 def modality_header(layout: StoreLayout, facts: dict[str, Any]) -> dict[str, Any]:
@@ -72,7 +96,7 @@ def layout_from_header(name: str, entry: dict[str, Any]) -> StoreLayout:
         reason = " ".join(str(error).split())
         raise IntegrityError(
             f"modality {name!r:.80} in the store's zarr.json cannot be used ({reason:.200}); the store is "
-            "damaged, preprocess into a new one"
+            "damaged; `aptile verify` says what else is"
         ) from None
     return StoreLayout(
         modality=named.name,

@@ -1,16 +1,16 @@
 """The layout of a store, and how its objects are written: the writing half of docs/format.md.
 
 A store is a Zarr v3 group. `StoreLayout` derives every array's shape, chunks, codecs and dimension
-names from a few numbers; `create_arrays` makes them, `encode_shard` turns one block of one array
-into the bytes of one object. `pipeline.store` reads what has been committed.
+names from a few numbers; `metadata_objects` describes them to others, `encode_shard` turns one block
+of one array into the bytes of one object. `pipeline.store` reads what has been committed.
 """
 
 import json
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -18,13 +18,16 @@ import tensorstore as ts
 import zarr
 from zarr.codecs import BloscCodec, Crc32cCodec
 from zarr.errors import ZarrUserWarning
+from zarr.storage import MemoryStore
 
 from pipeline.grid import BaseGrid
-from pipeline.storage.commit import write_object
+from pipeline.settings.canonical import plain
+from pipeline.storage.objects import Objects
 from pipeline.storage.partitions import DEFAULT_PARTITION, partition_path
 
 FORMAT_NAME = "aptile"
-FORMAT_VERSION = "0.2"
+FORMAT_VERSION = "0.3"
+ROOT_METADATA = "zarr.json"
 # Per frame: valid pixels, cloud pixels and pixels that hold nodata, of the first band set, and base cells
 # that count.
 FRAME_COUNTS = ("num_valid", "num_cloud", "num_nodata", "num_cells")
@@ -179,72 +182,76 @@ class StoreLayout:
         return self.shard_capacity * self.grid.num_cells
 
 
-def create_arrays(path: Path, layouts: Iterable[StoreLayout], header: dict[str, Any]) -> None:
-    """Write the group's metadata: `header` as its attribute `aptile`, and every array, empty."""
-    root = zarr.create_group(path, zarr_format=3, attributes={FORMAT_NAME: header})
+def metadata_objects(
+    header: dict[str, Any], layouts: Iterable[StoreLayout], partitions: Mapping[str, Iterable[str]]
+) -> dict[str, bytes]:
+    """Every `zarr.json` of a store by name: `header` as the root's attribute `aptile`, all arrays, empty.
+
+    `partitions` names, by modality, the partitions beside the default one. The root's, which consolidates
+    all others, comes last.
+    """
+    nodes: dict[str, Any] = {}
+    root = zarr.create_group(
+        MemoryStore(nodes), zarr_format=3, attributes={FORMAT_NAME: plain(header)}
+    )
     for layout in layouts:
         names = {f"bands{s.suffix}": list(s.bands) for s in layout.band_sets}
         group = root.create_group(layout.modality, attributes=names)
         if layout.tokenized:
             group.create_group("partitions").create_group(DEFAULT_PARTITION)
-        _create(root, layout.arrays(), layout.codec)
+        arrays = layout.arrays()
+        for name in partitions.get(layout.modality, ()):
+            root.create_group(partition_path(layout.modality, name))
+            arrays |= layout.partition_arrays(name)
+        for name, spec in arrays.items():
+            _create(root, name, spec, layout.codec)
     with warnings.catch_warnings():
         # Not part of the Zarr v3 specification, but what xarray looks for first.
         warnings.simplefilter("ignore", ZarrUserWarning)
-        zarr.consolidate_metadata(path)
+        zarr.consolidate_metadata(root.store)
+    last = sorted(nodes, key=lambda name: (name == ROOT_METADATA, name))
+    return {name: nodes[name].to_bytes() for name in last}
 
 
-def create_partition(path: Path, layout: StoreLayout, name: str) -> None:
-    """Write the metadata of a further partition's group and arrays, empty.
-
-    The consolidated metadata does not list them before `consolidate_partition`.
-    """
-    root = zarr.open_group(path, mode="r+", use_consolidated=False)
-    root.create_group(partition_path(layout.modality, name))
-    _create(root, layout.partition_arrays(name), layout.codec)
+@lru_cache(maxsize=256)
+def array_metadata(spec: ArraySpec, codec: str) -> dict[str, Any]:
+    """The `zarr.json` of one array."""
+    nodes: dict[str, Any] = {}
+    _create(zarr.create_group(MemoryStore(nodes), zarr_format=3), "array", spec, codec)
+    return dict(json.loads(nodes["array/zarr.json"].to_bytes()))
 
 
-def consolidate_partition(path: Path, layout: StoreLayout, name: str) -> None:
-    """Add a committed partition to the consolidated metadata; nothing happens if it is there."""
-    root = json.loads((path / "zarr.json").read_bytes())
-    group = partition_path(layout.modality, name)
-    listed = root["consolidated_metadata"]["metadata"]
-    if group in listed:
-        return
-    for node in (group, *layout.partition_arrays(name)):
-        listed[node] = json.loads((path / node / "zarr.json").read_bytes())
-    write_object(path / "zarr.json", json.dumps(root, indent=2).encode())
-
-
-def _create(root: zarr.Group, arrays: dict[str, ArraySpec], codec: str) -> None:
-    for name, spec in arrays.items():
-        root.create_array(
-            name,
-            shape=spec.shape,
-            shards=spec.shard,
-            chunks=spec.chunk,
-            dtype=spec.dtype,
-            compressors=_compressors(codec, np.dtype(spec.dtype)),
-            fill_value=spec.fill_value,
-            dimension_names=spec.dims,
-        )
+def _create(root: zarr.Group, name: str, spec: ArraySpec, codec: str) -> None:
+    root.create_array(
+        name,
+        shape=spec.shape,
+        shards=spec.shard,
+        chunks=spec.chunk,
+        dtype=spec.dtype,
+        compressors=_compressors(codec, np.dtype(spec.dtype)),
+        fill_value=spec.fill_value,
+        dimension_names=spec.dims,
+    )
 
 
 def write_shard(
-    path: Path, arrays: dict[str, ArraySpec], shard: int, blocks: dict[str, np.ndarray]
+    objects: Objects,
+    arrays: dict[str, ArraySpec],
+    codec: str,
+    shard: int,
+    blocks: dict[str, np.ndarray],
 ) -> dict[str, Any]:
     """Write one shard of some arrays durably: the objects, by path, for the ledger.
 
     `blocks` holds the values of the whole shard by array name, and is emptied on the way.
     """
-    objects = {}
+    written = {}
     for name, spec in arrays.items():
-        metadata = json.loads((path / name / "zarr.json").read_text())
-        content = encode_shard(metadata, blocks.pop(name))
+        content = encode_shard(array_metadata(spec, codec), blocks.pop(name))
         if content is not None:
             object_name = f"{name}/{spec.shard_key(shard)}"
-            objects[object_name] = write_object(path / object_name, content)
-    return objects
+            written[object_name] = objects.write(object_name, content)
+    return written
 
 
 def encode_shard(metadata: dict[str, Any], block: np.ndarray) -> bytes | None:

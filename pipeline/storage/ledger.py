@@ -1,23 +1,34 @@
-"""The ledger of a store: what happened to every input and every shard, one JSON object per line."""
+"""The ledger of a batch: what happened to every input and every shard, one JSON object per line."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from pipeline.storage.commit import LEDGER, append_row, encode_rows, read_rows, write_object
+from pipeline.storage.commit import encode_rows, take_rows
+from pipeline.storage.objects import Objects
 
 PLANNED, REFUSED, SKIPPED = "planned", "refused", "skipped"
 # What the row of a planned scene says besides; null in those of others.
 PLANNED_FACTS = ("datetime", "baseline", "shift", "resampling")
+_BATCH = ("batch", "first_shard", "num_shards")
+_FILE = ("file", "modality", "fingerprint")
+_PLACE = ("place", "height", "width", "crs", "transform", "scenes")
 _INPUT = ("scene", "modality", "status", "reason", *PLANNED_FACTS)
+
+
+def ledger_name(batch: int) -> str:
+    """Where the ledger of a batch is kept."""
+    return f"ledger/{batch:06d}.jsonl"
 
 
 @dataclass
 class Ledger:
-    """Rows, written when the job is planned:
+    """Rows, written when the batch is planned:
 
+    - `{"batch": number, "first_shard", "num_shards"}`;
     - `{"file": name, "modality", "fingerprint"}` for every file the plan depends on;
+    - `{"place": name, "height", "width", "crs", "transform", "scenes"}` for every place: its grid, the
+      leading modality's scenes;
     - `{"scene": id, "modality", "status": planned, refused or skipped, "reason": text or null, "datetime",
       "baseline", "shift", "resampling"}` for every input;
 
@@ -26,35 +37,54 @@ class Ledger:
     {modality: [slot in the shard]}, "tiles_left_out": [tile in the shard]}`.
     """
 
-    path: Path
+    head: dict[str, Any] = field(default_factory=dict)
     files: list[dict[str, Any]] = field(default_factory=list)
+    places: list[dict[str, Any]] = field(default_factory=list)
     scenes: list[dict[str, Any]] = field(default_factory=list)
     shards: dict[int, dict[str, Any]] = field(default_factory=dict)
 
     @classmethod
-    def read(cls, store: Path) -> "Ledger":
-        """The ledger of a store; an incomplete last line, a torn append, does not count."""
-        ledger = cls(store / LEDGER)
-        read_rows(ledger.path, ledger._take)
+    def parse(cls, content: bytes, where: str) -> "Ledger":
+        """The ledger in some bytes; `where` they are is for messages."""
+        ledger = cls()
+        take_rows(content, where, ledger._take)
         return ledger
 
-    def create(self) -> None:
-        """Write what was planned; nothing of a job exists before this."""
-        write_object(self.path, self.canonical())
+    @classmethod
+    def read(cls, objects: Objects, batch: int) -> "Ledger | None":
+        """The ledger of a batch under way, as far as it has come; None if nothing of it was planned."""
+        name = ledger_name(batch)
+        content = objects.lines(name)
+        return cls.parse(content, f"{objects.location}/{name}") if content else None
 
-    def append(self, row: dict[str, Any]) -> None:
-        """Add a finished shard durably."""
-        append_row(self.path, row)
-        self._take(row)
+    @property
+    def number(self) -> int:
+        """Number of the batch."""
+        return int(self.head["batch"])
+
+    def create(self, objects: Objects) -> None:
+        """Write what was planned; nothing of a batch exists before this."""
+        objects.write(ledger_name(self.number), self.canonical())
+
+    def append(self, objects: Objects, rows: Iterable[dict[str, Any]]) -> None:
+        """Add finished shards durably."""
+        rows = list(rows)
+        objects.append(ledger_name(self.number), encode_rows(rows))
+        for row in rows:
+            self._take(row)
 
     def canonical(self) -> bytes:
         """All rows in an order that does not depend on which shard finished first."""
         shards = (self.shards[shard] for shard in sorted(self.shards))
-        return encode_rows([*self.files, *self.scenes, *shards])
+        return encode_rows([self.head, *self.files, *self.places, *self.scenes, *shards])
 
     def fingerprints(self) -> dict[tuple[str, str], str]:
         """Fingerprint of every file the plan depends on, by modality and name."""
         return {(row["modality"], row["file"]): row["fingerprint"] for row in self.files}
+
+    def inputs(self) -> set[str]:
+        """Ids of all inputs."""
+        return {row["scene"] for row in self.scenes}
 
     def with_status(self, status: str) -> dict[str, str]:
         """Reason by scene id of the inputs that were given a status at planning, sorted by id."""
@@ -88,7 +118,11 @@ class Ledger:
     def _take(self, row: dict[str, Any]) -> None:
         if "shard" in row:
             self.shards[int(row["shard"])] = {**row, "objects": dict(row["objects"])}
+        elif "batch" in row:
+            self.head = {key: int(row[key]) for key in _BATCH}
         elif "file" in row:
-            self.files.append({key: row[key] for key in ("file", "modality", "fingerprint")})
+            self.files.append({key: row[key] for key in _FILE})
+        elif "place" in row:
+            self.places.append({key: row[key] for key in _PLACE})
         else:
             self.scenes.append({key: row[key] for key in _INPUT})

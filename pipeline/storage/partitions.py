@@ -4,23 +4,15 @@ Such a partition is made from stored score maps. Until COMMIT.json names it no r
 """
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pipeline.errors import IntegrityError, StoreError
-from pipeline.storage.commit import (
-    LEDGER,
-    append_row,
-    encode_rows,
-    read_checked,
-    read_commit,
-    read_rows,
-    replace_commit,
-    write_object,
-)
+from pipeline.storage.commit import MEND, Commit, encode_rows, read_named, take_rows
+from pipeline.storage.objects import Objects
 
 DEFAULT_PARTITION = "default"
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
@@ -66,39 +58,49 @@ def partition_path(modality: str, name: str) -> str:
     return f"{modality}/partitions/{name}"
 
 
+def partition_ledger_name(modality: str, name: str, batch: int) -> str:
+    """Where a partition's ledger of the shards of one batch is kept."""
+    return f"{partition_path(modality, name)}/ledger/{batch:06d}.jsonl"
+
+
 @dataclass
 class PartitionLedger:
-    """What a partition is made by and which of its shards are done.
+    """What a partition is made by and which shards of one batch are done.
 
-    Its first row is `{"partition": name, "rule", "thresholds"}`; then comes one row
+    Its first row is `{"partition": name, "rule", "thresholds", "batch"}`; then comes one row
     `{"shard": k, "objects": {path: {bytes, sha256}}}` per finished shard.
     """
 
-    path: Path
+    name: str
     head: dict[str, Any] = field(default_factory=dict)
     shards: dict[int, dict[str, Any]] = field(default_factory=dict)
 
     @classmethod
-    def read(cls, path: Path) -> "PartitionLedger":
-        """The ledger at `path`; without a row where there is none, or a torn one."""
-        ledger = cls(path)
-        if path.exists():
-            read_rows(path, ledger._take)
+    def parse(cls, name: str, content: bytes, location: str) -> "PartitionLedger":
+        """The ledger in some bytes, kept under that name."""
+        ledger = cls(name)
+        take_rows(content, f"{location}/{name}", ledger._take)
         if ledger.shards and not ledger.head:
             raise IntegrityError(
-                f"{path} does not say what partition it belongs to; the store is damaged, "
-                "preprocess into a new one"
+                f"{location}/{name} does not say what partition it belongs to; {MEND}"
             )
         return ledger
 
-    def create(self) -> None:
-        """Write the head; nothing of a partition counts before this."""
-        write_object(self.path, self.canonical())
+    @classmethod
+    def read(cls, objects: Objects, name: str) -> "PartitionLedger":
+        """A ledger under way, as far as it has come; without a row where there is none."""
+        return cls.parse(name, objects.lines(name), objects.location)
 
-    def append(self, row: dict[str, Any]) -> None:
-        """Add a finished shard durably."""
-        append_row(self.path, row)
-        self._take(row)
+    def create(self, objects: Objects) -> None:
+        """Write the head; nothing of a partition counts before this."""
+        objects.write(self.name, self.canonical())
+
+    def append(self, objects: Objects, rows: Iterable[dict[str, Any]]) -> None:
+        """Add finished shards durably."""
+        rows = list(rows)
+        objects.append(self.name, encode_rows(rows))
+        for row in rows:
+            self._take(row)
 
     def canonical(self) -> bytes:
         """All rows in an order that does not depend on which shard finished first."""
@@ -111,30 +113,15 @@ class PartitionLedger:
                 "objects": dict(row["objects"]),
             }
         else:
-            self.head = {key: row[key] for key in ("partition", "rule", "thresholds")}
+            self.head = {key: row[key] for key in ("partition", "rule", "thresholds", "batch")}
 
 
-def ledger_path(store: Path, modality: str, name: str) -> Path:
-    """Where the ledger of a partition lies, finished or not."""
-    return store / partition_path(modality, name) / LEDGER
-
-
-def commit_partition(store: Path, modality: str, ledger: PartitionLedger) -> None:
-    """Make a finished partition visible to readers, in one atomic step."""
-    name = ledger.head["partition"]
-    written = write_object(ledger.path, ledger.canonical())
-    commit = read_commit(store)
-    assert commit is not None
-    entry = {**ledger.head, "ledger": written}
-    entry.pop("partition")
-    commit["partitions"].setdefault(modality, {})[name] = entry
-    replace_commit(store, commit)
-
-
-def committed_ledger(
-    store: Path, modality: str, name: str, commit: dict[str, Any]
-) -> PartitionLedger:
-    """The ledger COMMIT.json names for a partition; IntegrityError if it is not that one."""
-    path = ledger_path(store, modality, name)
-    read_checked(path, commit["partitions"][modality][name]["ledger"]["sha256"])
-    return PartitionLedger.read(path)
+def partition_shards(
+    objects: Objects, modality: str, name: str, commit: Commit
+) -> dict[int, dict[str, Any]]:
+    """Row of every shard of a committed partition; IntegrityError if a ledger is not the committed one."""
+    rows: dict[int, dict[str, Any]] = {}
+    for what in commit.partitions[modality][name]["ledgers"]:
+        content = read_named(objects, what)
+        rows |= PartitionLedger.parse(what["path"], content, objects.location).shards
+    return rows

@@ -53,10 +53,14 @@ class Places:
         return np.diff(self.starts)
 
     def shard_tiles(self, shard: int) -> np.ndarray:
-        """int64: the tiles of a shard, in slot order."""
+        """int64: the tiles whose first frame lies in a shard; every tile is of one."""
         ends = np.array([shard, shard + 1]) * self.shard_capacity
         first, last = np.searchsorted(self.slots[self.starts[:-1]], ends).tolist()
         return np.arange(first, last)
+
+    def tiles_in(self, shard: int) -> np.ndarray:
+        """int64: tiles with any frame in a shard; one that dates were appended to has several."""
+        return np.unique(self._tile_of_entry[self._by_shard.of(shard)])
 
     def run(self, tiles: np.ndarray) -> FrameRun:
         """All frames of these tiles."""
@@ -86,6 +90,10 @@ class Places:
     @cached_property
     def _tile_of_entry(self) -> np.ndarray:
         return np.repeat(np.arange(self.num_tiles), self.num_frames)
+
+    @cached_property
+    def _by_shard(self) -> "_Groups":
+        return _Groups(self.slots // self.shard_capacity)
 
     @cached_property
     def _by_scene(self) -> "_Groups":

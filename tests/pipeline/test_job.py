@@ -16,7 +16,9 @@ from pipeline.errors import ArchiveError, StoreError
 from pipeline.jobs.job import run_job
 from pipeline.settings.config import PreprocessConfig
 from pipeline.settings.loading import load_config
-from pipeline.storage.commit import LEDGER
+from pipeline.storage.ledger import ledger_name
+
+LEDGER = ledger_name(1)
 from support import Watching, assert_same_bytes, files, save_scene, textured
 
 SMALL = (
@@ -113,7 +115,7 @@ def test_the_bytes_do_not_depend_on_the_number_of_workers(archive, store, tmp_pa
 
 def test_a_running_scheduler_is_used_and_gives_the_same_bytes(archive, store, tmp_path):
     with LocalCluster(
-        n_workers=1, threads_per_worker=2, processes=False, dashboard_address=None
+        n_workers=1, threads_per_worker=2, processes=False, dashboard_address=":0"
     ) as cluster:
         config = settings("run.workers=null", f"run.scheduler={cluster.scheduler_address}")
         run_job(str(archive), tmp_path / "there", config, Watching())
