@@ -35,6 +35,7 @@ app = App(
 for _command, _help in (
     ("preprocess", "Score, partition and store every tile of an archive."),
     ("inspect", "Show token counts of a store, and pictures of its tiles."),
+    ("log", "List the commits of a store."),
     ("repartition", "Cut the tiles of a store by another rule, from its score maps."),
     ("train", "Train an APT encoder on the tiles of a store."),
     ("demo", "Try all of it on a real Sentinel-2 chip."),

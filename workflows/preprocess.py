@@ -5,7 +5,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from pipeline.errors import EXIT_OK, EXIT_QUARANTINED
+from pipeline.errors import EXIT_OK, EXIT_QUARANTINED, ConfigError
 from pipeline.jobs.job import JobReport, run_job
 from pipeline.planning.explain import explain, in_words
 from pipeline.planning.inputs import Job, plan_job
@@ -23,6 +23,8 @@ def preprocess(
     set_: Annotated[list[str] | None, Parameter("--set", negative="")] = None,
     workers: int | None = None,
     scheduler: str | None = None,
+    append: Annotated[bool, Parameter(negative="")] = False,
+    retry_quarantined: Annotated[bool, Parameter(negative="")] = False,
     dry_run: Annotated[bool, Parameter(negative="")] = False,
     json: Annotated[bool, Parameter(negative="")] = False,
 ) -> int:
@@ -47,6 +49,10 @@ def preprocess(
         Local worker processes; one per CPU core when not given.
     scheduler
         Address of a running Dask scheduler to use instead.
+    append
+        Add the scenes that a finished store has not got, as its next commit.
+    retry_quarantined
+        With --append: take in once more what could not be read before.
     dry_run
         Show the plan; write nothing.
     json
@@ -58,19 +64,36 @@ def preprocess(
     if scheduler is not None:
         overrides.append(f"run.scheduler={scheduler}")
     settings = load_config(PreprocessConfig, config, overrides, preset)
+    if retry_quarantined and not append:
+        raise ConfigError("--retry-quarantined has no effect without --append; add it")
     if dry_run:
+        if append:
+            raise ConfigError("--dry-run shows the plan of a new store; leave out --append")
         _show_plan(plan_job(source, settings), json)
         return EXIT_OK
-    report = preprocess_archive(source, store, settings)
+    report = preprocess_archive(source, store, settings, append, retry_quarantined)
     if json:
         print_json(_as_json(report))
     return EXIT_QUARANTINED if report.quarantined else EXIT_OK
 
 
-def preprocess_archive(source: str, store: Path, settings: PreprocessConfig) -> JobReport:
+def preprocess_archive(
+    source: str,
+    store: Path,
+    settings: PreprocessConfig,
+    append: bool = False,
+    retry_quarantined: bool = False,
+) -> JobReport:
     """Run the job with a progress bar, and say what came of it."""
     with progress_bar("tiles") as bar:
-        report = run_job(source, store, settings, ShardProgress(bar, "preprocess"))
+        report = run_job(
+            source,
+            store,
+            settings,
+            ShardProgress(bar, "preprocess"),
+            append=append,
+            retry_quarantined=retry_quarantined,
+        )
     for text in report.notes:
         note(f"note: {text}")
     for word, reasons in (
@@ -86,6 +109,7 @@ def preprocess_archive(source: str, store: Path, settings: PreprocessConfig) -> 
         f" + {len(report.skipped)} skipped; {report.tiles} tiles in {report.shards} shards"
         + (f"; {left_out[0]} tiles and {left_out[1]} frames left out" if any(left_out) else "")
         + (f"; splits {_counts(report.splits)}" if report.splits else "")
+        + (f"; commit {report.commit}" if report.commit > 1 else "")
         + ("; complete already, nothing to do" if report.shards_written == 0 else "")
     )
     return report
@@ -97,7 +121,8 @@ def _counts(numbers: dict[str, int]) -> str:
 
 def _as_json(report: JobReport) -> dict[str, object]:
     return {
-        "store": str(report.store),
+        "store": report.store,
+        "commit": report.commit,
         "inputs": report.inputs,
         "done": report.done,
         "quarantined": report.quarantined,
