@@ -14,8 +14,8 @@ from distributed import Client, LocalCluster
 from distributed.security import Security
 
 from pipeline.errors import StoreError
+from pipeline.jobs.hosts import WORKER_ENVIRONMENT, check_workers
 from pipeline.jobs.queues import cluster_of, no_worker, under_way
-from pipeline.jobs.workers import WORKER_ENVIRONMENT, check_workers
 from pipeline.settings.cluster import TlsConfig
 from pipeline.settings.run import RunConfig
 

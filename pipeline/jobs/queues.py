@@ -16,7 +16,7 @@ from distributed.deploy.cluster import Cluster as DaskCluster
 from distributed.security import Security
 
 from pipeline.errors import StoreError
-from pipeline.jobs.workers import WORKER_ENVIRONMENT
+from pipeline.jobs.hosts import WORKER_ENVIRONMENT
 from pipeline.settings.cluster import BatchConfig, Cluster, KubernetesConfig, LsfConfig
 
 # Dask waits five minutes for a worker that fell silent; its shard can be done elsewhere by then.
@@ -79,7 +79,6 @@ def _exports() -> list[str]:
 
 
 def _submit(config: BatchConfig, cluster: Any) -> None:
-    """Submit the jobs, and from then on another one for each that ends, such as at its walltime."""
     # Not by `scale`, which only logs that a job is refused.
     for _ in range(config.jobs):
         cluster.worker_spec.update(cluster.new_worker_spec())
@@ -94,7 +93,6 @@ def _submit(config: BatchConfig, cluster: Any) -> None:
             f"run.cluster.kind {config.kind}: the queue refused a job ({reason}); correct "
             "run.cluster"
         ) from None
-    cluster.adapt(minimum_jobs=config.jobs, maximum_jobs=config.jobs)
 
 
 def cluster_spec(config: KubernetesConfig, name: str) -> dict[str, Any]:

@@ -12,9 +12,9 @@ from dask_processes import dask_processes
 from pipeline.errors import ConfigError, StoreError
 from pipeline.jobs import clients
 from pipeline.jobs.clients import client_of, security_of
+from pipeline.jobs.hosts import WORKER_ENVIRONMENT, local_paths, require_seen
 from pipeline.jobs.job import run_job
 from pipeline.jobs.queues import batch_cluster, cluster_of, cluster_spec
-from pipeline.jobs.workers import WORKER_ENVIRONMENT
 from pipeline.settings.cluster import (
     BatchConfig,
     ClusterConfig,
@@ -188,7 +188,7 @@ def test_a_worker_that_does_not_see_the_files_is_named(dask, tmp_path, monkeypat
         (tmp_path / place / "store").mkdir(parents=True)
     (tmp_path / "here" / "archive").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    monkeypatch.setattr("pipeline.jobs.workers._SEEN_WITHIN_S", 0.5)
+    monkeypatch.setattr("pipeline.jobs.hosts._SEEN_WITHIN_S", 0.5)
     address = dask.scheduler()
     dask.worker(address, env=path_of(ROOT), cwd=tmp_path / "there")
     seen, unseen = "/proc/self/cwd/store", "/proc/self/cwd/archive"
@@ -206,6 +206,11 @@ def test_a_worker_that_does_not_see_the_files_is_named(dask, tmp_path, monkeypat
     shared = str(tmp_path / "here" / "store")
     with client_of(asked, 1, shared, reads=[str(tmp_path / "here" / "archive")]) as client:
         assert client.submit(os.getcwd).result() == str(tmp_path / "there")
+        client.submit(require_seen, (shared, seen)).result()
+        with pytest.raises(
+            StoreError, match=rf"^worker tcp://\S+ does not see {unseen}; give a path"
+        ):
+            client.submit(require_seen, local_paths(["https://a/b", shared, unseen])).result()
     assert not list(Path(shared).iterdir())
 
 

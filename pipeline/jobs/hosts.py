@@ -1,7 +1,8 @@
-"""What workers elsewhere must have in common with this process: versions, and the files of a job."""
+"""What workers on other hosts must have in common with this process: versions, and the files of a job."""
 
 import asyncio
 import contextlib
+import functools
 import importlib.metadata
 import platform
 import uuid
@@ -9,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from distributed import Client
+from distributed import Client, get_worker
 
 from pipeline.errors import StoreError
 
@@ -26,6 +27,7 @@ _COMPARED = ("aptile", "distributed", "numpy", "numba", "rasterio", "zarr", "ten
 # Network file systems show a new file to other hosts only after their cached listing has aged.
 _SEEN_WITHIN_S = 10.0
 _LOOK_EVERY_S = 0.5
+_SHARE_IT = "give a path that all hosts share"
 
 
 def check_workers(client: Client, store: str | None, reads: Sequence[str]) -> None:
@@ -33,7 +35,7 @@ def check_workers(client: Client, store: str | None, reads: Sequence[str]) -> No
 
     `store` is the folder that workers write to, `reads` are those they read from; URLs are not looked at.
     """
-    paths = [str(Path(path).absolute()) for path in reads if "://" not in path]
+    paths = local_paths(reads)
     with _marked(store) as mark:
         answers = client.run(_seen_here, [*mark, *paths], on_error="return")
     here = _versions()
@@ -46,6 +48,19 @@ def check_workers(client: Client, store: str | None, reads: Sequence[str]) -> No
         worker, problem = next(iter(problems.items()))
         more = f"; {len(problems) - 1} more workers differ" if len(problems) > 1 else ""
         raise StoreError(f"worker {worker} {problem}{more}")
+
+
+def local_paths(locations: Sequence[str]) -> tuple[str, ...]:
+    """Those that are no URLs, absolute."""
+    return tuple(str(Path(path).absolute()) for path in locations if "://" not in path)
+
+
+@functools.cache
+def require_seen(paths: tuple[str, ...]) -> None:
+    """Raise StoreError in a worker that does not see these, such as one that joined late; looks once."""
+    for path in paths:
+        if not Path(path).exists():
+            raise StoreError(f"worker {get_worker().address} does not see {path}; {_SHARE_IT}")
 
 
 def _problem(
@@ -63,8 +78,8 @@ def _problem(
     if not unseen:
         return None
     if unseen[0] in mark:
-        return f"does not see {store} as it is here; give a path that all hosts share"
-    return f"does not see {unseen[0]}; give a path that all hosts share"
+        return f"does not see {store} as it is here; {_SHARE_IT}"
+    return f"does not see {unseen[0]}; {_SHARE_IT}"
 
 
 async def _seen_here(paths: list[str]) -> tuple[dict[str, str | None], list[str]]:
