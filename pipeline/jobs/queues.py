@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import shutil
+import signal
 import subprocess
 import uuid
 from collections.abc import Iterator
@@ -130,19 +131,40 @@ def _kubernetes_cluster(config: KubernetesConfig) -> Any:
             quiet=True,
         )
     except Exception as error:  # the package passes on errors of several others
+        _abandon(operator.KubeCluster, spec["metadata"]["name"])
         raise StoreError(
             f"run.cluster.kind kubernetes: no cluster could be made ({_one_line(str(error))}); see to "
             "credentials and to the Dask operator, both of which `kubectl get daskclusters` needs"
         ) from None
 
 
+def _abandon(kind: Any, name: str) -> None:
+    """Remove what was begun of a cluster; its package would try so when the interpreter ends."""
+    for cluster in [cluster for cluster in kind._instances if cluster.name == name]:
+        with contextlib.suppress(Exception):
+            cluster.close(timeout=_LISTING_S)
+        cluster.status = Status.closed
+
+
 def _package(name: str, kind: str) -> ModuleType:
     try:
-        return importlib.import_module(name)
+        with _interrupts_kept():
+            return importlib.import_module(name)
     except ModuleNotFoundError as error:
         raise StoreError(
             f"run.cluster.kind {kind} needs {error.name}; install it with: pip install 'aptile[hpc]'"
         ) from None
+
+
+@contextlib.contextmanager
+def _interrupts_kept() -> Iterator[None]:
+    """Importing dask_jobqueue makes Ctrl-C end the process as if all were well."""
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGINT) is not before:
+            signal.signal(signal.SIGINT, before)
 
 
 def under_way(config: Cluster, cluster: Any) -> str:

@@ -1,5 +1,6 @@
 """Clients of local workers, of schedulers started by hand, plain and over TLS, and of batch queues."""
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -368,9 +369,15 @@ def batch_config(kind: str, **more) -> BatchConfig:
     return RunConfig.model_validate({"cluster": content}).cluster
 
 
+def need(package: str) -> None:
+    """Skip without the package; imported it would change what Ctrl-C does to the tests."""
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not installed")
+
+
 @pytest.mark.parametrize("kind", list(GOLDEN))
 def test_job_scripts_say_what_was_configured(kind):
-    pytest.importorskip("dask_jobqueue")
+    need("dask_jobqueue")
     with batch_cluster(batch_config(kind)) as cluster:
         lines = re.sub(r"tcp://\S+", "tcp://SCHEDULER", cluster.job_script()).splitlines()
         worker_ttl = cluster.scheduler.worker_ttl
@@ -380,6 +387,18 @@ def test_job_scripts_say_what_was_configured(kind):
         "#!/usr/bin/env bash", *expected, *exports, "module load gdal", WORKER,
     ]  # fmt: skip
     assert worker_ttl == 60
+
+
+def test_interrupts_stay_what_they_are():
+    need("dask_jobqueue")
+    need("dask_kubernetes")
+    code = (
+        "import signal; before = signal.getsignal(signal.SIGINT)\n"
+        "from pipeline.jobs.queues import _package\n"
+        "_package('dask_jobqueue', 'slurm'); _package('dask_kubernetes.operator', 'kubernetes')\n"
+        "assert signal.getsignal(signal.SIGINT) is before"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 FAKE_QUEUE = {
@@ -399,7 +418,7 @@ FAKE_QUEUE = {
 @pytest.fixture
 def queue(tmp_path, monkeypatch):
     """The commands of a queue that runs jobs on this machine."""
-    pytest.importorskip("dask_jobqueue")
+    need("dask_jobqueue")
     folder = tmp_path / "bin"
     folder.mkdir()
     for name, text in FAKE_QUEUE.items():
@@ -475,7 +494,7 @@ PODS = KubernetesConfig(
 
 
 def test_pods_are_what_was_configured():
-    pytest.importorskip("dask_kubernetes")
+    need("dask_kubernetes")
     spec = cluster_spec(PODS, "aptile-1")["spec"]
     worker, (container,) = spec["worker"], spec["worker"]["spec"]["containers"]
     assert worker["replicas"] == 7
@@ -495,7 +514,7 @@ def test_pods_are_what_was_configured():
 
 
 def test_a_kubernetes_cluster_out_of_reach_is_reported(tmp_path, monkeypatch):
-    pytest.importorskip("dask_kubernetes")
+    need("dask_kubernetes")
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "absent"))
     monkeypatch.setenv("HOME", str(tmp_path))
     with (
