@@ -123,6 +123,8 @@ def job_seconds(scene: Path, copies: int, folder: Path) -> float:
     content = {
         "modality": {"value_range": [0, 10_000]},
         "scoring": {"bands": ["band_2", "band_3", "band_4"]},
+        # Given, because a sample for the default rule would read all of so small a scene again.
+        "partition": {"thresholds": [0.8, 1.2]},
         "run": {"workers": 1, "jpeg2000": True},
     }
     begin = core_seconds()
