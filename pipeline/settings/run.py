@@ -5,6 +5,7 @@ from typing import Self
 from pydantic import Field, model_validator
 
 from pipeline.scorers.config import Frozen
+from pipeline.settings.cluster import Cluster, KubernetesConfig, Memory, TlsConfig
 
 
 class RunConfig(Frozen):
@@ -31,9 +32,44 @@ class RunConfig(Frozen):
     sign: str | None = Field(
         None, description="package.module:function that signs the URLs of a catalogue's assets."
     )
+    worker_memory: Memory | None = Field(
+        None,
+        description="Most memory of a local worker, such as 4GiB; beyond it the worker is restarted. Its "
+        "share of the machine when not given.",
+    )
+    tls: TlsConfig | None = None
+    cluster: Cluster | None = Field(
+        None, description="Cluster to start workers on, by kind: slurm, pbs, lsf or kubernetes."
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.workers is not None and self.scheduler is not None:
             raise ValueError("run.workers has no effect beside run.scheduler; give one of them")
+        elsewhere = "run.scheduler" if self.scheduler is not None else "run.cluster"
+        if self.cluster is not None:
+            for key in ("workers", "scheduler"):
+                if getattr(self, key) is not None:
+                    raise ValueError(
+                        f"run.{key} has no effect beside run.cluster; give one of them"
+                    )
+        if self.worker_memory is not None and (self.scheduler, self.cluster) != (None, None):
+            raise ValueError(
+                f"run.worker_memory has no effect beside {elsewhere}, whose workers have their own limits"
+            )
+        if self.tls is not None:
+            self._check_tls()
         return self
+
+    def _check_tls(self) -> None:
+        """Raise ValueError where nothing would be shown the certificates."""
+        if self.scheduler is not None and not self.scheduler.startswith("tls://"):
+            raise ValueError(
+                f"run.tls has no effect with run.scheduler {self.scheduler}; expected a tls:// address"
+            )
+        if isinstance(self.cluster, KubernetesConfig):
+            raise ValueError(
+                "run.tls has no effect with a cluster of kind kubernetes; leave it out"
+            )
+        if self.scheduler is None and self.cluster is None:
+            raise ValueError("run.tls has no effect without run.scheduler or run.cluster")
