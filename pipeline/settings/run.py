@@ -21,6 +21,11 @@ class RunConfig(Frozen):
         ge=1,
         description="Scenes whose compressed blocks decode to more bytes than this are refused.",
     )
+    max_scene_px: int = Field(
+        2**36,
+        ge=1,
+        description="Scenes of more pixels (height times width) than this are refused.",
+    )
     allow: tuple[str, ...] = Field(
         (),
         description="Further folders and URL prefixes that a catalogue may point to.",
