@@ -156,7 +156,8 @@ class Access:
 
     `roots` are absolute folders or URL prefixes; nothing outside them is opened. `drivers` are GDAL
     driver names. `max_scene_px` bounds height times width of a scene. `sign` is "package.module:function",
-    called with a URL and returning the URL to use.
+    called with a URL and returning the URL to use. `checksums` is a list of the files' checksums, relative
+    to the archive.
     """
 
     roots: tuple[str, ...]
@@ -164,3 +165,4 @@ class Access:
     max_block_bytes: int = 256 * 2**20
     max_scene_px: int = 2**36
     sign: str | None = None
+    checksums: str | None = None

@@ -15,8 +15,9 @@ from urllib.parse import urlsplit
 
 import numpy as np
 import rasterio
+from rasterio._err import CPLE_BaseError
 from rasterio.enums import ColorInterp, MaskFlags
-from rasterio.errors import NotGeoreferencedWarning, RasterioError
+from rasterio.errors import CRSError, NotGeoreferencedWarning, RasterioError
 from rasterio.io import DatasetReader
 from rasterio.windows import Window as RasterWindow
 
@@ -35,6 +36,8 @@ DRIVERS = {
     ".jp2": "JP2OpenJPEG",
 }
 SUFFIXES = tuple(DRIVERS)
+# What a damaged file makes rasterio raise: not all of GDAL's errors reach it in errors of its own.
+_RASTER_ERRORS = (RasterioError, CRSError, CPLE_BaseError, OSError, UnicodeError, MemoryError)
 # GDAL's own cache holds the blocks that neighbouring windows share; its default is 5 % of the host.
 GDAL_OPTIONS = {
     "GDAL_CACHEMAX": 128 * 2**20,
@@ -130,7 +133,7 @@ def open_raster(href: str, access: Access) -> Iterator[DatasetReader]:
 def _raster_errors() -> Iterator[None]:
     try:
         yield
-    except (RasterioError, OSError) as error:
+    except _RASTER_ERRORS as error:
         raise SceneError(_reason(error)) from None
 
 

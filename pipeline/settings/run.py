@@ -33,6 +33,10 @@ class RunConfig(Frozen):
     jpeg2000: bool = Field(
         False, description="Whether JPEG 2000 files may be opened; they decode very slowly."
     )
+    checksums: str | None = Field(
+        None,
+        description="List of the files' checksums as sha256sum writes it, below the archive; verified.",
+    )
     sign: str | None = Field(
         None, description="package.module:function that signs the URLs of a catalogue's assets."
     )

@@ -16,6 +16,7 @@ from pipeline.readers.gates import refuse_many_pixels
 from pipeline.scenes import Access, Listing
 from pipeline.settings.modality import ModalityConfig
 from pipeline.settings.run import RunConfig
+from pipeline.sources.checksums import checksum_file, with_checksums
 from pipeline.sources.files import below, is_file, require, split_glob, suffix
 
 _SEARCH = "stac+"
@@ -42,6 +43,7 @@ def archive_access(archive: str, run: RunConfig) -> Access:
         max_block_bytes=run.max_block_bytes,
         max_scene_px=run.max_scene_px,
         sign=run.sign,
+        checksums=run.checksums,
     )
 
 
@@ -59,7 +61,8 @@ def list_scenes(archive: str, modality: ModalityConfig, access: Access) -> Listi
         listing = list_source(location, root, modality, access)
     except ImportError as error:
         raise _missing(location, error) from None
-    return _of_bounded_size(listing, access)
+    listing = _of_bounded_size(listing, access)
+    return listing if access.checksums is None else with_checksums(listing, root, access)
 
 
 def source_files(archive: str, modality: ModalityConfig, access: Access) -> dict[str, str]:
@@ -67,7 +70,7 @@ def source_files(archive: str, modality: ModalityConfig, access: Access) -> dict
     location, root = _locate(archive, modality, access)
     try:
         _, files_of = _source(location, access)
-        return files_of(location, root, modality, access)
+        return {**files_of(location, root, modality, access), **checksum_file(root, access)}
     except ImportError as error:
         raise _missing(location, error) from None
 

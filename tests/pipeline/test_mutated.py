@@ -10,9 +10,13 @@ import numpy as np
 import pytest
 import rasterio
 import rasterio.shutil
+from rasterio._err import CPLE_BaseError
 from rasterio.errors import NotGeoreferencedWarning
 
+from pipeline.errors import ArchiveError, SceneError
 from pipeline.jobs.job import JobReport, run_job
+from pipeline.planning.inputs import plan_job
+from pipeline.readers.assets import open_asset
 from pipeline.settings.config import PreprocessConfig
 from pipeline.settings.loading import load_config
 from stac_catalogues import item_of
@@ -52,7 +56,7 @@ def outcome_of(path: Path, original: np.ndarray) -> str:
             warnings.simplefilter("ignore", NotGeoreferencedWarning)
             with rasterio.open(path, driver="GTiff") as raster:
                 pixels = raster.read()
-    except rasterio.errors.RasterioError:
+    except (rasterio.errors.RasterioError, CPLE_BaseError):
         return "raises"
     return "harmless" if np.array_equal(pixels, original) else "silent"
 
@@ -150,3 +154,63 @@ def test_a_known_checksum_detects_every_damaged_file(tmp_path, count):
     silent = sum(outcome == "silent" for outcome in found.values())
     print(f"\n{len(found)} damaged files with checksum: {len(report.quarantined)} detected, of which "
           f"{silent} would have read other pixels")  # fmt: skip
+
+
+def test_a_list_of_checksums_detects_every_damaged_file(tmp_path):
+    archive = tmp_path / "archive"
+    found = write_mutations(archive, 10)
+    good = {name: content for name, (content, _) in originals(tmp_path / "good").items()}
+    save_scene(archive / "good.tif", textured((2, SIDE, SIDE)))
+    files = {f"{name}.tif": good[name.split("_")[0]] for name in found}
+    files["good.tif"] = (archive / "good.tif").read_bytes()
+    lines = [f"{hashlib.sha256(content).hexdigest()}  {name}" for name, content in files.items()]
+    (archive / "SHA256SUMS").write_text("\n".join(lines))
+    settings = config("run.checksums=SHA256SUMS")
+    report = run_job(str(archive), tmp_path / "store", settings, Watching())
+    check_report(report, found)
+    assert set(report.quarantined) == set(found)
+    (archive / "SHA256SUMS").write_text(lines[-1].replace("  ", " *./"))
+    with pytest.raises(ArchiveError, match="SHA256SUMS was changed"):
+        run_job(str(archive), tmp_path / "store", settings, Watching())
+    refused = plan_job(str(archive), settings).refused
+    assert "is not in" in refused["raw_000"]
+    print(f"\n{len(found)} damaged files with SHA256SUMS: {len(report.quarantined)} detected")
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"abc  a.tif", "line 1: 'abc  a.tif' is no checksum"),
+        (b"\xff", "cannot be read: not UTF-8"),
+        (None, "cannot be read: No such file"),
+    ],
+)
+def test_lists_of_checksums_that_are_none(tmp_path, content, told):
+    save_scene(tmp_path / "archive/a.tif", textured((2, SIDE, SIDE)))
+    if content is not None:
+        (tmp_path / "archive/SUMS").write_bytes(content)
+    with pytest.raises(ArchiveError, match=told):
+        plan_job(str(tmp_path / "archive"), config("run.checksums=SUMS"))
+    with pytest.raises(ArchiveError, match=r"run.checksums ../SUMS points to .* outside"):
+        plan_job(str(tmp_path / "archive"), config("run.checksums=../SUMS"))
+
+
+def test_a_file_that_changes_after_planning_is_noticed(tmp_path):
+    """Whatever the change: size and time tell, where bytes do not."""
+    noticed, changes = 0, 0
+    pixels = textured((2, SIDE, SIDE))
+    for options in LAYOUTS.values():
+        path = save_scene(tmp_path / "archive/a.tif", pixels, **options)
+        content = path.read_bytes()
+        job = plan_job(str(tmp_path / "archive"), config())
+        (scene,) = job.plan.lead.scenes
+        rng = np.random.default_rng(0)
+        for _ in range(25):
+            path.write_bytes(mutate(content, rng))
+            changes += 1
+            with pytest.raises(SceneError, match="was changed since the job was planned"):  # noqa: SIM117
+                with open_asset(scene.assets[0], job.access):
+                    noticed += 1
+            noticed += 1
+    assert noticed == changes == 100
+    print(f"\n{changes} changes between planning and reading: {noticed} noticed by size and time")
