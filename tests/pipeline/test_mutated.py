@@ -15,12 +15,13 @@ from rasterio.errors import NotGeoreferencedWarning
 
 from pipeline.errors import ArchiveError, SceneError
 from pipeline.jobs.job import JobReport, run_job
+from pipeline.planning.bands import conform
 from pipeline.planning.inputs import plan_job
 from pipeline.readers.assets import open_asset
 from pipeline.settings.config import PreprocessConfig
 from pipeline.settings.loading import load_config
 from stac_catalogues import item_of
-from support import Watching, save_scene, textured
+from support import Watching, header, save_scene, textured
 
 SIDE = 96
 LAYOUTS = {
@@ -214,3 +215,14 @@ def test_a_file_that_changes_after_planning_is_noticed(tmp_path):
             noticed += 1
     assert noticed == changes == 100
     print(f"\n{changes} changes between planning and reading: {noticed} noticed by size and time")
+
+
+def test_one_stray_among_very_many_is_refused_and_a_mixture_stops_the_job():
+    settings = config("modality.bands=[band_1]").data().all_modalities()[0]
+    strays = [header(f"stray_{number}", dtype="uint8") for number in range(2)]
+    many = [header(f"s_{number:03}") for number in range(99)]
+    accepted, refused = conform(settings, [*many, strays[0]])
+    assert accepted == many
+    assert "has the pixel type uint8; nearly all" in refused["stray_0"]
+    with pytest.raises(ArchiveError, match="differ in their pixel type"):
+        conform(settings, [*many, *strays])
