@@ -22,12 +22,21 @@ class RunConfig(Frozen):
         ge=1,
         description="Scenes whose compressed blocks decode to more bytes than this are refused.",
     )
+    max_scene_px: int = Field(
+        2**36,
+        ge=1,
+        description="Scenes of more pixels (height times width) than this are refused.",
+    )
     allow: tuple[str, ...] = Field(
         (),
         description="Further folders and URL prefixes that a catalogue may point to.",
     )
     jpeg2000: bool = Field(
         False, description="Whether JPEG 2000 files may be opened; they decode very slowly."
+    )
+    checksums: str | None = Field(
+        None,
+        description="List of the files' checksums as sha256sum writes it, below the archive; verified.",
     )
     sign: str | None = Field(
         None, description="package.module:function that signs the URLs of a catalogue's assets."
