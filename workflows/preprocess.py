@@ -6,12 +6,14 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from pipeline.errors import EXIT_OK, EXIT_QUARANTINED
+from pipeline.jobs.engine import check_report
 from pipeline.jobs.job import JobReport, run_job
 from pipeline.planning.explain import explain, in_words
 from pipeline.planning.inputs import Job, plan_job
 from pipeline.settings.config import PreprocessConfig
 from pipeline.settings.loading import load_config
-from workflows.terminal import ShardProgress, note, print_json, progress_bar
+from workflows.progress import Effort, JobProgress
+from workflows.terminal import note, print_json
 
 
 def preprocess(
@@ -23,6 +25,8 @@ def preprocess(
     set_: Annotated[list[str] | None, Parameter("--set", negative="")] = None,
     workers: int | None = None,
     scheduler: str | None = None,
+    max_quarantine: str | None = None,
+    report: Path | None = None,
     dry_run: Annotated[bool, Parameter(negative="")] = False,
     json: Annotated[bool, Parameter(negative="")] = False,
 ) -> int:
@@ -47,30 +51,45 @@ def preprocess(
         Local worker processes; one per CPU core when not given.
     scheduler
         Address of a running Dask scheduler to use instead.
+    max_quarantine
+        Stop as soon as more inputs are quarantined: a number, or a share such as 1%.
+    report
+        Write Dask's performance report of the run to this HTML file.
     dry_run
         Show the plan; write nothing.
     json
         Print the result as JSON on stdout.
     """
     overrides = list(set_ or [])
-    if workers is not None:
-        overrides.append(f"run.workers={workers}")
-    if scheduler is not None:
-        overrides.append(f"run.scheduler={scheduler}")
+    run = {
+        "workers": workers,
+        "scheduler": scheduler,
+        "max_quarantine": max_quarantine,
+        "report": report,
+    }
+    overrides += [f"run.{key}={value}" for key, value in run.items() if value is not None]
     settings = load_config(PreprocessConfig, config, overrides, preset)
     if dry_run:
         _show_plan(plan_job(source, settings), json)
         return EXIT_OK
-    report = preprocess_archive(source, store, settings)
+    done, effort = preprocess_archive(source, store, settings)
     if json:
-        print_json(_as_json(report))
-    return EXIT_QUARANTINED if report.quarantined else EXIT_OK
+        print_json({**_as_json(done), "run": effort.as_json()})
+    return EXIT_QUARANTINED if done.quarantined else EXIT_OK
 
 
-def preprocess_archive(source: str, store: Path, settings: PreprocessConfig) -> JobReport:
+def preprocess_archive(
+    source: str, store: Path, settings: PreprocessConfig
+) -> tuple[JobReport, Effort]:
     """Run the job with a progress bar, and say what came of it."""
-    with progress_bar("tiles") as bar:
-        report = run_job(source, store, settings, ShardProgress(bar, "preprocess"))
+    check_report(settings.run)
+    with JobProgress("preprocess") as progress:
+        report = run_job(source, store, settings, progress)
+    _say(report)
+    return report, progress.effort
+
+
+def _say(report: JobReport) -> None:
     for text in report.notes:
         note(f"note: {text}")
     for word, reasons in (
@@ -82,13 +101,12 @@ def preprocess_archive(source: str, store: Path, settings: PreprocessConfig) -> 
             note(f"{word} {scene}: {reason}")
     left_out = report.tiles_left_out, report.frames_left_out
     note(
-        f"{store}: {report.inputs} inputs = {report.done} done + {len(report.quarantined)} quarantined"
-        f" + {len(report.skipped)} skipped; {report.tiles} tiles in {report.shards} shards"
+        f"{report.store}: {report.inputs} inputs = {report.done} done"
+        f" + {len(report.quarantined)} quarantined + {len(report.skipped)} skipped; {report.tiles} tiles in {report.shards} shards"
         + (f"; {left_out[0]} tiles and {left_out[1]} frames left out" if any(left_out) else "")
         + (f"; splits {_counts(report.splits)}" if report.splits else "")
         + ("; complete already, nothing to do" if report.shards_written == 0 else "")
     )
-    return report
 
 
 def _counts(numbers: dict[str, int]) -> str:

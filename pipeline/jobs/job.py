@@ -4,6 +4,7 @@ The store is the only state. A job that was stopped anywhere is completed by run
 finished one is left alone.
 """
 
+import contextlib
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +13,11 @@ from typing import Any
 import numpy as np
 
 from pipeline.errors import ArchiveError, StoreError
-from pipeline.jobs.cluster import Observer, run_tasks
+from pipeline.jobs.engine import run_tasks
 from pipeline.jobs.manifest import ModalityOutcome, encode_manifest, present_frames
+from pipeline.jobs.observer import Observer
 from pipeline.jobs.prepare import create_store
+from pipeline.jobs.quarantine import QuarantineLimit
 from pipeline.jobs.resume import (
     check_apart,
     check_free,
@@ -118,12 +121,19 @@ def _complete(store: Path, job: Job, observer: Observer) -> JobReport:
     }
     todo = [shard for shard in range(plan.num_shards) if shard not in ledger.shards]
     observer.planned(len(plan.tiles), sum(len(plan.tile_range(shard)) for shard in ledger.shards))
+    run = job.config.run
+    limit = QuarantineLimit(str(store), run.max_quarantine, job.num_inputs, ledger.quarantined())
     if todo:
         path = str(store.absolute())
         tasks = (shard_task(plan, shard, path, job.access, ranges) for shard in todo)
-        for row in run_tasks(process_shard, tasks, len(todo), job.config.run, str(store)):
-            ledger.append(row)
-            observer.shard_done(len(plan.tile_range(row["shard"])))
+        results = run_tasks(process_shard, tasks, len(todo), run, str(store), observer)
+        with contextlib.closing(results) as batches:
+            for rows in batches:
+                for row in rows:
+                    ledger.append(row)
+                    observer.shard_done(len(plan.tile_range(row["shard"])))
+                limit.add(rows)
+                observer.quarantined(len(limit.reasons))
     summary = _commit(store, job, ledger, Store(store, header, {}))
     return _report(store, ledger, summary, len(todo), (*job.notes, *job.facts.notes))
 

@@ -3,15 +3,18 @@
 Like preprocessing, one task per shard: resumable, and committed in one atomic step at the end.
 """
 
+import contextlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from pipeline.calibrate import store_curve
 from pipeline.errors import ConfigError, StoreError
-from pipeline.jobs.cluster import Observer, run_tasks
+from pipeline.jobs.engine import run_tasks
+from pipeline.jobs.observer import Observer
 from pipeline.jobs.recut import repartition_shard, repartition_task
 from pipeline.rules import (
     FurtherRule,
@@ -157,9 +160,11 @@ def _complete(
     todo = [shard for shard in range(layout.num_shards) if shard not in ledger.shards]
     left = sum(len(places.shard_tiles(shard)) for shard in todo)
     observer.planned(places.num_tiles, places.num_tiles - left)
-    for row in _rows(store, layout, ledger, rule, places, todo, run):
-        ledger.append(row)
-        observer.shard_done(len(places.shard_tiles(row["shard"])))
+    results = _rows(store, layout, ledger, rule, places, todo, run, observer)
+    with contextlib.closing(results) as batches:
+        for row in chain.from_iterable(batches):
+            ledger.append(row)
+            observer.shard_done(len(places.shard_tiles(row["shard"])))
     commit_partition(store.path, layout.modality, ledger)
     consolidate_partition(store.path, layout, name)
     return len(todo)
@@ -189,7 +194,8 @@ def _rows(
     places: Places,
     todo: list[int],
     run: RunConfig,
-) -> Iterator[dict[str, Any]]:
+    observer: Observer,
+) -> Generator[list[dict[str, Any]]]:
     """Ledger rows of the shards to do, from workers or from this process."""
     listed = ledger.head["thresholds"]
     thresholds = None if listed is None else tuple(float(t) for t in listed)
@@ -198,8 +204,8 @@ def _rows(
         repartition_task(store, layout, name, rule, thresholds, places, shard) for shard in todo
     )
     if _in_process(run, len(todo), sum(len(places.shard_tiles(k)) for k in todo), layout):
-        return map(repartition_shard, tasks)
-    return run_tasks(repartition_shard, tasks, len(todo), run, str(store.path))
+        return ([repartition_shard(task)] for task in tasks)
+    return run_tasks(repartition_shard, tasks, len(todo), run, str(store.path), observer)
 
 
 def _in_process(run: RunConfig, num_shards: int, num_tiles: int, layout: StoreLayout) -> bool:
