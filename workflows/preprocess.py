@@ -102,7 +102,8 @@ def _say(report: JobReport) -> None:
     left_out = report.tiles_left_out, report.frames_left_out
     note(
         f"{report.store}: {report.inputs} inputs = {report.done} done"
-        f" + {len(report.quarantined)} quarantined + {len(report.skipped)} skipped; {report.tiles} tiles in {report.shards} shards"
+        f" + {len(report.quarantined)} quarantined"
+        f" + {len(report.skipped)} skipped; {report.tiles} tiles in {report.shards} shards"
         + (f"; {left_out[0]} tiles and {left_out[1]} frames left out" if any(left_out) else "")
         + (f"; splits {_counts(report.splits)}" if report.splits else "")
         + ("; complete already, nothing to do" if report.shards_written == 0 else "")

@@ -1,16 +1,16 @@
 """What to do with a task whose workers died: the plan alone, without a process.
 
 Dask blames every task that a dead worker held, and workers die of much else than their task. So nothing
-is given up because workers died. The task is run alone, several times; where it dies each time, each of
-its scenes is run alone; only a scene that dies each time by itself is given up, and the rest is done.
+is given up because workers died. The task is run alone, twice; where it dies both times, each of
+its scenes is run alone; only a scene that dies both times by itself is given up, and the rest is done.
 A run that exceeds its time was not killed from outside: once is enough.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-# Deaths in a row, alone in a process, that outside causes hardly explain.
-MAX_DEATHS = 3
+# Deaths in a row of processes that nobody else uses: of the task, and of the scene that is then given up.
+MAX_DEATHS = 2
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,6 @@ def _enough(deaths: tuple[Death, ...]) -> bool:
 
 
 def in_words(deaths: tuple[Death, ...]) -> str:
-    """What deaths in a row have in common, such as "was killed by signal 11 (SIGSEGV), 3 times"."""
+    """What deaths in a row have in common, such as "was killed by signal 11 (SIGSEGV), 2 times"."""
     hows = " and ".join(dict.fromkeys(death.how for death in deaths))
     return f"{hows}, {len(deaths)} times" if len(deaths) > 1 else hows
