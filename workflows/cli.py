@@ -56,7 +56,8 @@ def main(arguments: list[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, _terminate)
     code = run(lambda: app(arguments, exit_on_error=False, print_error=False))
     if code in (EXIT_INTERRUPTED, EXIT_TERMINATED):
-        # Python would wait for threads that wait for a server.
+        # Python would wait for threads that wait for a server, and a third Ctrl-C says nothing new.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

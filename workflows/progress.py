@@ -114,7 +114,7 @@ class JobProgress(Observer):
         self._clock, self._last_line, self._tenths = clock, 0.0, 0
         self._started: float | None = None
         self._dashboard: str | None = None
-        self._bar = _Bar(console or Console(stderr=True, highlight=False), self._below)
+        self._bar = _Bar(console or Console(stderr=True, highlight=False), self._below, clock)
         self._task = self._bar.add_task(what, total=None, extra="")
 
     def __enter__(self) -> Self:
@@ -130,6 +130,10 @@ class JobProgress(Observer):
         self._bar.stop()
         if self._started is not None and (self._live or self.effort.seconds >= _LINE_EVERY_S):
             self._tell(self.effort.so_far())
+
+    def __rich__(self) -> RenderableType:
+        """What a terminal shows at this moment."""
+        return self._bar.get_renderable()
 
     @property
     def _live(self) -> bool:
@@ -200,13 +204,19 @@ class JobProgress(Observer):
 class _Bar(Progress):
     """A progress bar with lines below it; nothing where there is no terminal."""
 
-    def __init__(self, console: Console, below: Callable[[], Iterable[RenderableType]]) -> None:
+    def __init__(
+        self,
+        console: Console,
+        below: Callable[[], Iterable[RenderableType]],
+        clock: Callable[[], float],
+    ) -> None:
         self._lines_below = below
         super().__init__(
             *bar_columns("tiles"),
             console=console,
             disable=not console.is_terminal,
             transient=True,
+            get_time=clock,
         )
 
     def get_renderables(self) -> Iterable[RenderableType]:

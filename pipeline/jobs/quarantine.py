@@ -46,7 +46,7 @@ class QuarantineLimit:
         scene = min(self.reasons)
         raise QuarantineError(
             f"{self._where}: {len(self.reasons)} of {self._inputs} inputs are quarantined, more than "
-            f"run.max_quarantine {self._limit} ({self._most}) allows; one of them, {scene}: "
+            f"run.max_quarantine {self._limit} allows ({self._most}); one of them, {scene}: "
             f"{self.reasons[scene]}; stopped, what is done stays done: the same command with a higher "
             "--max-quarantine goes on"
         )
