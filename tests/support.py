@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from rasterio.errors import NotGeoreferencedWarning
 
+from pipeline.errors import StoreError
 from pipeline.grid import BaseGrid
 from pipeline.jobs.measures import Measures
 from pipeline.jobs.observer import Observer
@@ -104,6 +105,22 @@ class Watching(Observer):
 
     def happened(self, what, text):
         self.happenings.append((what, text))
+
+
+def counted(number: int) -> dict[str, int]:
+    """A task that does nothing."""
+    return {"shard": number}
+
+
+def hungry(number: int) -> dict[str, int]:
+    """A task that runs out of memory, unless it is an even one."""
+    if number % 2:
+        raise MemoryError
+    return counted(number)
+
+
+def refused() -> None:
+    raise StoreError("so not")
 
 
 def files(store: Path) -> list[str]:

@@ -8,8 +8,8 @@ import contextlib
 import importlib.util
 import signal
 from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from concurrent.futures import Future as LocalFuture
-from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -25,6 +25,7 @@ from pipeline.jobs.isolate import excluding, name_of, run_isolated
 from pipeline.jobs.measures import MEASURES, Measures
 from pipeline.jobs.observer import Observer
 from pipeline.jobs.process import ENVIRONMENT, be_one_of_many, dying_after
+from pipeline.jobs.retries import Trial
 from pipeline.jobs.workers import REVIVAL_S, Workers
 from pipeline.settings.run import RunConfig
 
@@ -112,7 +113,7 @@ class _Run(Generic[TaskT]):
         self._limit_s = run.task_timeout_s
         self._running = as_completed([], loop=client.loop)
         self._task_of: dict[Future[Any], TaskT] = {}
-        self._alone: dict[LocalFuture[tuple[dict[str, Any], dict[str, str]]], TaskT] = {}
+        self._alone: dict[LocalFuture[tuple[dict[str, Any], Trial]], TaskT] = {}
         self._solitary = Solitary(self._limit_s)
         self._isolation = ThreadPoolExecutor(1, "isolation")
         self._hung: dict[str, str] = {}
@@ -131,6 +132,8 @@ class _Run(Generic[TaskT]):
         while self._task_of or self._alone:
             rows = [*self._completed(observer), *self._isolated(observer)]
             self._workers.look(observer)
+            if self._client.status in ("closing", "closed"):
+                self._error = self._scheduler_gone()
             if self._error is None:
                 self._refill()
             if rows:
@@ -157,21 +160,26 @@ class _Run(Generic[TaskT]):
             if future.status == "finished":
                 done.append(future)
                 continue
-            task = self._task_of.pop(future)
-            error = future.exception() if future.status == "error" else None
-            if isinstance(error, KilledWorker | MemoryError):
-                self._isolate(task, error, observer)
-            else:
-                self._error = error or self._scheduler_gone()
+            self._failed(future, self._task_of.pop(future), observer)
         try:
             rows = self._client.gather(done)
         except KilledWorker:
             # A worker died with results in its memory; which of them, their state will say.
             self._running.update(done)
             return []
+        except (CancelledError, OSError):
+            self._error = self._scheduler_gone()
+            return []
         for future in done:
             del self._task_of[future]
         return rows
+
+    def _failed(self, future: Future[Any], task: TaskT, observer: Observer) -> None:
+        error = future.exception() if future.status == "error" else None
+        if isinstance(error, KilledWorker | MemoryError):
+            self._isolate(task, error, observer)
+        else:
+            self._error = error or self._scheduler_gone()
 
     def _ready(self) -> list[Future[Any]]:
         """Tasks that ended; none if nothing did for a while."""
@@ -184,10 +192,15 @@ class _Run(Generic[TaskT]):
     def _isolate(self, task: TaskT, error: BaseException, observer: Observer) -> None:
         why = "ran out of memory" if isinstance(error, MemoryError) else "its workers died"
         observer.happened("shard retried", f"{name_of(task)}: {why}; it is done again alone")
-        future = self._isolation.submit(
-            run_isolated, self._function, task, self._solitary, self._store
-        )
-        self._alone[future] = task
+        self._alone[self._isolation.submit(self._run_isolated, task)] = task
+
+    def _run_isolated(self, task: TaskT) -> tuple[dict[str, Any], Trial]:
+        """In the other thread: see `pipeline.jobs.isolate`."""
+        task = excluding(task, self._hung)
+        row, trial = run_isolated(self._function, task, self._solitary, self._store)
+        # Each hanging read costs the time limit several times over, so further shards do without.
+        self._hung.update({scene: trial.excluded[scene] for scene in trial.hung})
+        return row, trial
 
     def _isolated(self, observer: Observer) -> list[dict[str, Any]]:
         """Results of tasks that ended alone."""
@@ -195,11 +208,11 @@ class _Run(Generic[TaskT]):
         for future in [future for future in self._alone if future.done()]:
             task = self._alone.pop(future)
             try:
-                row, excluded = future.result()
+                row, trial = future.result()
             except (StoppedError, Exception) as error:
                 self._error = error
                 continue
-            for scene, reason in excluded.items():
+            for scene, reason in trial.excluded.items():
                 observer.happened("scene given up", f"{name_of(task)}, scene {scene}: {reason}")
             rows.append(row)
         return rows

@@ -14,8 +14,8 @@ TaskT = TypeVar("TaskT")
 
 def run_isolated(
     function: Callable[[TaskT], dict[str, Any]], task: TaskT, solitary: Solitary, store: str
-) -> tuple[dict[str, Any], dict[str, str]]:
-    """The task's result, and the scenes it had to be done without, with reasons.
+) -> tuple[dict[str, Any], Trial]:
+    """The task's result, and what was found out about its scenes.
 
     Raises StoreError if the task dies and no single scene is to blame.
     """
@@ -30,7 +30,7 @@ def run_isolated(
             continue
         answer = solitary.run(function, excluding(task, step.excluded))
         if not isinstance(answer, Death):
-            return answer, dict(step.excluded)
+            return answer, trial
         trial = trial.after(answer)
 
 

@@ -46,16 +46,17 @@ class GiveUp:
 class Trial:
     """How far the search for what kills a task has come.
 
-    `files` names the files of every scene, by scene id; `excluded` are those found guilty, with reasons.
-    `deaths` are those of the whole task since the last of them was found, `scene_deaths` of the scene at
-    hand; `cleared` are scenes that ended well alone, `found` says whether a guilty one is among those tried
-    since the task last died.
+    `files` names the files of every scene, by scene id; `excluded` are those found guilty, with reasons,
+    and `hung` those of them that exceeded their time. `deaths` are those of the whole task since the last
+    of them was found, `scene_deaths` of the scene at hand; `cleared` are scenes that ended well alone.
+    `found` says whether a guilty one is among those tried since the task last died.
     """
 
     files: Mapping[str, str]
     excluded: Mapping[str, str] = field(default_factory=dict)
     deaths: tuple[Death, ...] = ()
     scene_deaths: tuple[Death, ...] = ()
+    hung: frozenset[str] = frozenset()
     cleared: frozenset[str] = frozenset()
     found: bool = False
 
@@ -83,7 +84,8 @@ class Trial:
             return replace(self, scene_deaths=deaths)
         reason = f"{self.files[scene]}: reading it alone {in_words(deaths)}; it is left out"
         excluded = {**self.excluded, scene: reason}
-        return replace(self, excluded=excluded, scene_deaths=(), found=True)
+        hung = self.hung | {scene} if death.by_time else self.hung
+        return replace(self, excluded=excluded, hung=hung, scene_deaths=(), found=True)
 
     def _to_the_whole(self) -> "Trial":
         """The whole task again, once every suspect was tried and one was guilty."""

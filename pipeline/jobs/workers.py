@@ -39,8 +39,8 @@ class Workers:
         if now - self._looked < _LOOK_S:
             return
         self._looked = now
-        # A scheduler that is gone shows in the tasks.
-        with contextlib.suppress(OSError):
+        # A scheduler that is gone shows in the state of the client, after a while.
+        with contextlib.suppress(OSError, RuntimeError):
             threads = dict(self._client.nthreads())
             for address in self._threads.keys() - threads.keys():
                 observer.happened("worker lost", f"worker {address} is gone")
