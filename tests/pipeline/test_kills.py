@@ -33,7 +33,7 @@ SMALL = (
     "partition.quantile=0.5",
     "scoring.scorer=saliency",
 )
-NUM_SCENES = 6
+NUM_SCENES = 4
 TILES_PER_SCENE = 16
 
 
@@ -168,7 +168,14 @@ def test_a_killed_job_goes_on_where_it_was(archive, store, tmp_path, kills):
     assert rewritten == 0
 
 
-@pytest.mark.parametrize("signals", [[signal.SIGTERM], [signal.SIGINT], [signal.SIGINT] * 2])
+@pytest.mark.parametrize(
+    "signals",
+    [
+        [signal.SIGTERM],
+        [signal.SIGINT] * 2,
+        pytest.param([signal.SIGINT], marks=pytest.mark.full),
+    ],
+)
 def test_a_job_that_is_told_to_end_does_so_and_loses_nothing(archive, store, tmp_path, signals):
     path = tmp_path / "ended"
     job = started(archive, path)
@@ -189,7 +196,14 @@ def test_a_job_that_is_told_to_end_does_so_and_loses_nothing(archive, store, tmp
     assert_same_bytes(store, path)
 
 
-@pytest.mark.parametrize(("num_workers", "least", "per_thread"), [(2, 1, 1), (4, 64, 2), (4, 3, 1)])
+@pytest.mark.parametrize(
+    ("num_workers", "least", "per_thread"),
+    [
+        (2, 1, 1),
+        pytest.param(4, 64, 2, marks=pytest.mark.full),
+        pytest.param(4, 3, 1, marks=pytest.mark.full),
+    ],
+)
 def test_bytes_do_not_depend_on_workers_order_or_window(
     archive, store, tmp_path, monkeypatch, num_workers, least, per_thread
 ):
