@@ -18,6 +18,8 @@ from workflows.terminal import bar_columns, note
 # Without a terminal, and for shorter runs, progress and throughput are noise in a log.
 _LINE_EVERY_S = 60.0
 _LINES = 10
+# Below so many tiles per second a digit behind the point says something.
+_FAST = 10
 _TOLD: dict[Happening, str] = {
     "shard retried": "yellow",
     "scene given up": "yellow",
@@ -43,6 +45,10 @@ class Effort:
     scenes_quarantined: int = 0
 
     @property
+    def complete(self) -> bool:
+        return self.tiles_before + self.tiles >= self.total_tiles
+
+    @property
     def tiles_per_s(self) -> float:
         return self._per_s(self.tiles)
 
@@ -54,7 +60,7 @@ class Effort:
 
     def speed(self) -> str:
         """Throughput in words; MB are 10^6 bytes of decoded pixels and of stored objects."""
-        parts = [f"{self.tiles_per_s:,.0f} tiles/s"]
+        parts = [f"{self.tiles_per_s:,.{0 if self.tiles_per_s >= _FAST else 1}f} tiles/s"]
         if self.measures.pixel_bytes:
             parts.append(f"{self._per_s(self.measures.pixel_bytes) / 1e6:,.0f} MB/s in")
             parts.append(f"{self._per_s(self.measures.object_bytes) / 1e6:,.0f} MB/s out")
@@ -195,7 +201,8 @@ class JobProgress(Observer):
         """What stands below the bar."""
         if self._started is None:
             return
-        self._count_time()
+        if not self.effort.complete:
+            self._count_time()
         yield Text(f"  {self.effort.speed()}", style="dim")
         if self.effort.troubles():
             yield Text(f"  {self.effort.troubles()}", style="yellow")

@@ -90,5 +90,5 @@ def test_programs_get_throughput_and_seconds_by_phase():
 def test_nothing_done_is_no_division_by_zero():
     progress = JobProgress("preprocess", Console(file=io.StringIO()), Clock())
     progress.planned(0, 0)
-    assert progress.effort.so_far() == "preprocess: 0 of 0 tiles (100%) in 0:00:00; 0 tiles/s"
+    assert progress.effort.so_far() == "preprocess: 0 of 0 tiles (100%) in 0:00:00; 0.0 tiles/s"
     assert progress.effort.remaining_s is None
