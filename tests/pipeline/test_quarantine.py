@@ -17,7 +17,7 @@ def test_the_one_too_many_stops_the_job():
     limit = QuarantineLimit("STORE", 1, 10, {"a": "no raster"})
     limit.add([{"failed": {}}, {"failed": {"a": "torn"}}])
     with pytest.raises(
-        QuarantineError, match=r"2 of 10 inputs .* max_quarantine 1 allows \(1\).*, a: no raster"
+        QuarantineError, match=r"2 of 10 inputs are.* allows .1.; one of them, a: no raster"
     ):
         limit.add([{"failed": {"b": "torn"}}])
     unlimited = QuarantineLimit("STORE", None, 1, {"a": "", "b": ""})
