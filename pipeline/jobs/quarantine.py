@@ -29,7 +29,7 @@ class QuarantineLimit:
         self, where: str, limit: int | str | None, inputs: int, reasons: Mapping[str, str]
     ) -> None:
         self._where, self._limit, self._inputs = where, limit, inputs
-        self._most = inputs if limit is None else allowed(limit, inputs)
+        self._most = None if limit is None else allowed(limit, inputs)
         self.reasons = dict(reasons)
         self._check()
 
@@ -41,7 +41,7 @@ class QuarantineLimit:
         self._check()
 
     def _check(self) -> None:
-        if len(self.reasons) <= self._most:
+        if self._most is None or len(self.reasons) <= self._most:
             return
         scene = min(self.reasons)
         raise QuarantineError(
