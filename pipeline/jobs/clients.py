@@ -14,7 +14,8 @@ from distributed import Client, LocalCluster
 from distributed.security import Security
 
 from pipeline.errors import StoreError
-from pipeline.jobs.hosts import WORKER_ENVIRONMENT, check_workers
+from pipeline.jobs.hosts import check_workers
+from pipeline.jobs.process import ENVIRONMENT
 from pipeline.jobs.queues import cluster_of, no_worker, under_way
 from pipeline.settings.cluster import TlsConfig
 from pipeline.settings.run import RunConfig
@@ -104,7 +105,7 @@ def _local(run: RunConfig, num_tasks: int) -> Iterator[Client]:
             threads_per_worker=1,
             processes=True,
             memory_limit=run.worker_memory or "auto",
-            env=WORKER_ENVIRONMENT,
+            env=ENVIRONMENT,
             dashboard_address=dashboard,
             silence_logs=logging.CRITICAL,
         )

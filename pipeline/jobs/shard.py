@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -150,6 +150,15 @@ def process_shard(task: ShardTask) -> dict[str, Any]:
         codec = modality.layout.codec
         outcome.objects |= write_shard(objects_at(task.store), arrays, codec, task.shard, blocks)
     return {"shard": task.shard, **vars(outcome)}
+
+
+def try_scene(task: ShardTask, scene_id: str) -> None:
+    """Read and score the frames of one scene of a shard, and write nothing."""
+    others = {s.id: "" for m in task.modalities for s in m.scenes if s.id != scene_id}
+    alone = replace(task, excluded=others)
+    for modality in task.modalities:
+        if any(scene.id == scene_id for scene in modality.scenes):
+            _fill(alone, modality, _empty_blocks(modality.layout), _Outcome())
 
 
 def _fill(
