@@ -24,7 +24,7 @@ def scheduler(num_workers: int):
 
 def results(function, number: int, cluster: LocalCluster, observer: Watching, **run) -> list[int]:
     config = RunConfig(scheduler=cluster.scheduler_address, **run)
-    batches = run_tasks(function, iter(range(number)), number, config, "STORE", observer)
+    batches = run_tasks(function, iter(range(number)), number, config, ".", observer)
     with contextlib.closing(batches):
         return [row["shard"] for rows in batches for row in rows]
 
@@ -40,7 +40,7 @@ def test_every_task_gives_one_row_and_few_are_under_way():
     with scheduler(2) as cluster:
         config = RunConfig(scheduler=cluster.scheduler_address)
         seen: list[int] = []
-        for rows in run_tasks(counted, tasks(), 500, config, "STORE", Watching()):
+        for rows in run_tasks(counted, tasks(), 500, config, ".", Watching()):
             seen += [row["shard"] for row in rows]
             assert drawn - len(seen) <= 64
     assert sorted(seen) == list(range(1, 501))
@@ -101,7 +101,7 @@ def test_a_performance_report_is_written(tmp_path):
 def test_a_report_that_cannot_be_written_is_refused_before_anything_starts(tmp_path):
     config = RunConfig(report=str(tmp_path / "missing" / "report.html"))
     with pytest.raises(ConfigError, match=r"report.html: expected a file in a folder that exists"):
-        next(run_tasks(counted, iter([1]), 1, config, "STORE", Watching()))
+        next(run_tasks(counted, iter([1]), 1, config, ".", Watching()))
 
 
 def test_errors_and_deaths_of_a_process_alone_are_told_apart():
