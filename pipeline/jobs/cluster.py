@@ -12,6 +12,7 @@ from distributed.scheduler import KilledWorker
 
 from pipeline.errors import StoreError
 from pipeline.jobs.clients import client_of
+from pipeline.jobs.measures import MEASURES
 from pipeline.settings.run import RunConfig
 
 # Shards under way per worker: one at work, one waiting.
@@ -60,6 +61,7 @@ def _results(
             row = future.result()
             future.release()
             submit_next()
+            row.pop(MEASURES, None)
             yield row
     except KilledWorker as error:
         raise StoreError(

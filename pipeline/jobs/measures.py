@@ -1,6 +1,9 @@
 """What tasks took: never part of a store, whose bytes must not depend on it."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from time import perf_counter
 
 MEASURES = "measures"
 
@@ -19,3 +22,12 @@ class Measures:
     def add(self, other: "Measures") -> None:
         for field in fields(self):
             setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
+
+    @contextmanager
+    def timed(self, step: str) -> Iterator[None]:
+        """Add the seconds spent inside to one of the steps."""
+        begin = perf_counter()
+        try:
+            yield
+        finally:
+            setattr(self, step, getattr(self, step) + perf_counter() - begin)

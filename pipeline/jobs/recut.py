@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.cut import fill_partition, leaves, splits_by_budget, splits_by_thresholds
+from pipeline.cut import leaves, partition_blocks, splits_by_budget, splits_by_thresholds
 from pipeline.nodes import level_offsets, node_scores, shared_nodes
 from pipeline.rules import QUANTILE_SAMPLE_TILES, FurtherRule, quantile_thresholds
 from pipeline.storage.header import read_header
-from pipeline.storage.layout import StoreLayout, write_shard
+from pipeline.storage.layout import StoreLayout
 from pipeline.storage.partitions import partition_path
 from pipeline.storage.places import FrameRun, Places
+from pipeline.storage.sharding import encoders, write_shard
 from pipeline.store import Store
 
 
@@ -73,11 +74,7 @@ def repartition_task(
 def repartition_shard(task: RepartitionTask) -> dict[str, Any]:
     """Make and write one shard of a partition; its ledger row (see `PartitionLedger`)."""
     layout, path = task.layout, Path(task.store)
-    arrays = layout.partition_arrays(task.name)
-    blocks = {
-        name: np.full(spec.shard, spec.fill_value, np.dtype(spec.dtype))
-        for name, spec in arrays.items()
-    }
+    objects = encoders(layout.partition_arrays(task.name), layout.codec)
     if len(task.run.frames):
         header = read_header(path)
         assert header is not None
@@ -88,8 +85,10 @@ def repartition_shard(task: RepartitionTask) -> dict[str, Any]:
             splits = np.repeat(splits, task.run.frames_per_tile, axis=0)
         slots = task.run.frames - task.shard * layout.shard_capacity
         group = partition_path(layout.modality, task.name)
-        fill_partition(blocks, group, slots, leaves(splits, own, layout.grid))
-    return {"shard": task.shard, "objects": write_shard(path, arrays, task.shard, blocks)}
+        cut = leaves(splits, own, layout.grid)
+        for array, block in partition_blocks(group, slots, cut, int(slots[-1]) + 1).items():
+            objects[array].put_leading(block)
+    return {"shard": task.shard, "objects": write_shard(path, task.shard, objects)}
 
 
 def _read_nodes(

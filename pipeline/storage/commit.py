@@ -10,10 +10,10 @@ import hashlib
 import json
 import os
 import socket
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from pipeline.errors import IntegrityError, LockedError, StoreError
 from pipeline.settings.canonical import canonical_json
@@ -27,22 +27,62 @@ PARTIAL_SUFFIX = ".partial"
 
 def write_object(path: Path, content: bytes) -> dict[str, Any]:
     """Write a whole object durably and atomically; its size and sha256 for the ledger."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL_SUFFIX}")
+    return write_objects(path.parent, {path.name: [content]})[path.name]
+
+
+def write_objects(root: Path, contents: Mapping[str, Sequence[bytes]]) -> dict[str, dict[str, Any]]:
+    """Write whole objects durably, each atomically; size and sha256 of each for the ledger.
+
+    `contents` holds the bytes of every object in pieces, by its path below `root`. All are written before
+    the first is synced, and all are synced before the first gets its name: the disk is waited for once.
+    Where one cannot be written, nothing half-written is left.
+    """
+    sums, partials, folders, name = {}, dict[str, Path](), dict[Path, None](), ""
     try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+        with ExitStack() as stack:
+            for name, pieces in contents.items():
+                path = root / name
+                folders |= dict.fromkeys(_make_folders(path.parent))
+                partials[name] = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL_SUFFIX}")
+                file = stack.enter_context(partials[name].open("wb"))
+                sums[name] = _write_pieces(file, pieces)
+                stack.callback(os.fsync, file.fileno())
+        for name in contents:
+            partials[name].replace(root / name)
+        for folder in folders:
+            _sync_folder(folder)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        for partial in partials.values():
+            partial.unlink(missing_ok=True)
         raise StoreError(
-            f"{path}: cannot write {len(content)} bytes: {error.strerror}; free some space or check "
-            "the permissions, then run the same command again"
+            f"{root / name}: cannot write {_size(contents[name])} bytes: {error.strerror}; free some space "
+            "or check the permissions, then run the same command again"
         ) from None
-    _sync_folder(path.parent)
-    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    return {name: {"bytes": _size(contents[name]), "sha256": sums[name]} for name in contents}
+
+
+def _write_pieces(file: BinaryIO, pieces: Sequence[bytes]) -> str:
+    """Write pieces one after another, out of the user's hands; their sha256."""
+    digest = hashlib.sha256()
+    for piece in pieces:
+        # Hashed while the processor's cache still holds it.
+        digest.update(piece)
+        file.write(piece)
+    file.flush()
+    return digest.hexdigest()
+
+
+def _size(pieces: Sequence[bytes]) -> int:
+    return sum(map(len, pieces))
+
+
+def _make_folders(folder: Path) -> list[Path]:
+    """Make a folder; those whose content changes by it and by what is put into it."""
+    changed = [folder]
+    while not changed[-1].exists():
+        changed.append(changed[-1].parent)
+    folder.mkdir(parents=True, exist_ok=True)
+    return changed
 
 
 def sweep_partials(store: Path) -> None:

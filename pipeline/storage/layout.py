@@ -1,8 +1,8 @@
-"""The layout of a store, and how its objects are written: the writing half of docs/format.md.
+"""The layout of a store: which arrays there are, and their metadata.
 
 A store is a Zarr v3 group. `StoreLayout` derives every array's shape, chunks, codecs and dimension
-names from a few numbers; `create_arrays` makes them, `encode_shard` turns one block of one array
-into the bytes of one object. `pipeline.store` reads what has been committed.
+names from a few numbers; `create_arrays` makes them, `pipeline.storage.sharding` writes their objects and
+`pipeline.store` reads what has been committed.
 """
 
 import json
@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tensorstore as ts
 import zarr
 from zarr.codecs import BloscCodec, Crc32cCodec
 from zarr.errors import ZarrUserWarning
@@ -30,7 +29,7 @@ FORMAT_VERSION = "0.2"
 FRAME_COUNTS = ("num_valid", "num_cloud", "num_nodata", "num_cells")
 # Illegal as a scale, so that a row nobody wrote cannot pass for a leaf.
 NO_LEAF = 0xFF
-_CODECS: dict[str, dict[str, Any]] = {
+BLOSC: dict[str, dict[str, Any]] = {
     "lz4": {"cname": "lz4", "clevel": 5, "shuffle": "shuffle"},
     "zstd": {"cname": "zstd", "clevel": 1, "shuffle": "bitshuffle"},
 }
@@ -230,40 +229,5 @@ def _create(root: zarr.Group, arrays: dict[str, ArraySpec], codec: str) -> None:
         )
 
 
-def write_shard(
-    path: Path, arrays: dict[str, ArraySpec], shard: int, blocks: dict[str, np.ndarray]
-) -> dict[str, Any]:
-    """Write one shard of some arrays durably: the objects, by path, for the ledger.
-
-    `blocks` holds the values of the whole shard by array name, and is emptied on the way.
-    """
-    objects = {}
-    for name, spec in arrays.items():
-        metadata = json.loads((path / name / "zarr.json").read_text())
-        content = encode_shard(metadata, blocks.pop(name))
-        if content is not None:
-            object_name = f"{name}/{spec.shard_key(shard)}"
-            objects[object_name] = write_object(path / object_name, content)
-    return objects
-
-
-def encode_shard(metadata: dict[str, Any], block: np.ndarray) -> bytes | None:
-    """The object that holds `block`, the values of one whole shard; None if all are fill value.
-
-    The same values give the same bytes, whoever encodes them and whenever.
-    """
-    one_shard = {**metadata, "shape": list(block.shape)}
-    array = ts.open(
-        {"driver": "zarr3", "kvstore": "memory://", "metadata": one_shard},
-        create=True,
-        context=ts.Context({"data_copy_concurrency": {"limit": 1}}),
-    ).result()
-    array[...].write(block).result()
-    key = "/".join(["c", *["0"] * block.ndim])
-    assert array.kvstore is not None
-    stored = array.kvstore.read(key).result()
-    return bytes(stored.value) if stored.state == "value" else None
-
-
 def _compressors(codec: str, dtype: np.dtype[Any]) -> list[Any]:
-    return [BloscCodec(**_CODECS[codec], typesize=dtype.itemsize, blocksize=0), Crc32cCodec()]
+    return [BloscCodec(**BLOSC[codec], typesize=dtype.itemsize, blocksize=0), Crc32cCodec()]
