@@ -4,8 +4,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from time import perf_counter
+from typing import Protocol, TypeVar
 
 MEASURES = "measures"
+
+
+class _Pixels(Protocol):
+    """Something that was read."""
+
+    @property
+    def pixel_bytes(self) -> int: ...
+
+
+PixelsT = TypeVar("PixelsT", bound=_Pixels)
 
 
 @dataclass
@@ -31,3 +42,15 @@ class Measures:
             yield
         finally:
             setattr(self, step, getattr(self, step) + perf_counter() - begin)
+
+    def reading(self, parts: Iterator[PixelsT]) -> Iterator[PixelsT]:
+        """The same parts; adds what it took to read them."""
+        while True:
+            with self.timed("read"):
+                part = next(parts, None)
+            if part is None:
+                return
+            self.pixel_bytes += part.pixel_bytes
+            yield part
+            # Not held while the next one is read.
+            del part

@@ -1,6 +1,5 @@
 """One Dask task of preprocessing: read, score, partition and write one whole shard of every array."""
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,19 +15,11 @@ from pipeline.jobs.reading import (
     TilePixels,
     sample_tiles,
     scene_reader,
-    scene_tiles,
-    tiles_at,
 )
+from pipeline.jobs.thresholds import scene_thresholds
 from pipeline.planning.harmonize import baseline_finding
 from pipeline.planning.memory import WINDOW_BYTES
 from pipeline.planning.plan import ModalityPlan, Plan
-from pipeline.rules import (
-    DEFAULT_QUANTILE,
-    QUANTILE_SAMPLE_TILES,
-    quantile_thresholds,
-    sampled_tiles,
-    uniform_thresholds,
-)
 from pipeline.scenes import Access, Scene, asset_of
 from pipeline.scorers.config import ExternalConfig
 from pipeline.settings.config import ValidityConfig
@@ -156,7 +147,15 @@ def _fill(
             for slot, tile in _read_tiles(task, scene, source, frames, gathered.measures):
                 gathered.put(slot, tile)
                 del tile
-            own = _thresholds(task, source, scene, frames, gathered)
+            tiles = frames["tile"]
+            own = scene_thresholds(
+                modality,
+                scene,
+                source,
+                np.stack([frames["slot"], task.rows[tiles], task.cols[tiles]], axis=1),
+                gathered,
+                task.validity.min_frame_valid_fraction,
+            )
         except SceneError as error:
             outcome.failed[scene.id] = str(error)
             gathered.clear(frames["slot"])
@@ -191,59 +190,13 @@ def _baseline(scene: Scene, source: SceneSource) -> str | None:
     return finding
 
 
-def _thresholds(
-    task: ShardTask,
-    source: SceneSource,
-    scene: Scene,
-    frames: np.ndarray,
-    gathered: ShardFrames,
-) -> list[float]:
-    """The configured thresholds, or the scene's own from the scores of a sample of its tiles.
-
-    Empty under a token budget, and where nothing is scored.
-    """
-    rule = source.settings.partition
-    if source.settings.scoring is None or rule.tokens_per_tile is not None:
-        return []
-    if rule.thresholds is not None:
-        return list(rule.thresholds)
-    if rule.uniform_px is not None:
-        return uniform_thresholds(rule.uniform_px, rule.base_patch_size, rule.num_scales)
-    quantile = DEFAULT_QUANTILE if rule.quantile is None else rule.quantile
-    maps = _sampled_maps(task, source, scene, frames, gathered)
-    # Nothing is known of a scene without a usable tile, so nothing asks for a split.
-    return quantile_thresholds(maps, quantile) if maps else [math.inf] * (rule.num_scales - 1)
-
-
-def _sampled_maps(
-    task: ShardTask,
-    source: SceneSource,
-    scene: Scene,
-    frames: np.ndarray,
-    gathered: ShardFrames,
-) -> list[list[np.ndarray]]:
-    """Score maps [..., cell_y, cell_x], fine to coarse, of a sample of a scene's tiles, those that are
-    valid enough. Tiles of this shard have been scored already; only the others are read."""
-    least = task.validity.min_frame_valid_fraction
-    rows, cols = scene_tiles(scene, source.layout)
-    chosen = sampled_tiles(rows, cols, QUANTILE_SAMPLE_TILES)
-    row, col = task.rows[frames["tile"]], task.cols[frames["tile"]]
-    numbers = np.where(col < cols, row * cols + col, -1)
-    slots = frames["slot"][np.isin(numbers, chosen)]
-    slots = slots[gathered.valid_fraction(slots) >= least]
-    maps = [gathered.score_maps(slots)] if len(slots) else []
-    others = _measured(gathered.measures, tiles_at(scene, source, np.setdiff1d(chosen, numbers)))
-    maps += [gathered.score(tile) for tile in others if np.mean(tile.valid) >= least]
-    return maps
-
-
 def _read_tiles(
     task: ShardTask, scene: Scene, source: SceneSource, frames: np.ndarray, measures: Measures
 ) -> Iterator[tuple[int, TilePixels]]:
     """Slot and pixels of each frame of a scene, from few large block-aligned windows."""
     groups = list(strips(task, scene, source.layout, frames))
     with scene_reader(scene, source) as read:
-        parts = _measured(measures, (read(rows, cols) for _, rows, cols in groups))
+        parts = measures.reading(read(rows, cols) for _, rows, cols in groups)
         for members, rows, cols in groups:
             strip = next(parts)
             for slot, tile in zip(members["slot"].tolist(), members["tile"].tolist(), strict=True):
@@ -251,18 +204,6 @@ def _read_tiles(
                 yield slot, strip.cut(row, col, source.layout)
             # One strip at a time: the next one is read into the memory of this one.
             del strip
-
-
-def _measured(measures: Measures, parts: Iterator[TilePixels]) -> Iterator[TilePixels]:
-    """The same parts; what it took to read them is added to `measures`."""
-    while True:
-        with measures.timed("read"):
-            part = next(parts, None)
-        if part is None:
-            return
-        measures.pixel_bytes += part.pixel_bytes
-        yield part
-        del part
 
 
 def strips(
