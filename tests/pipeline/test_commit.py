@@ -1,3 +1,4 @@
+import hashlib
 import json
 import multiprocessing
 import os
@@ -14,6 +15,7 @@ from pipeline.storage.commit import (
     sweep_partials,
     write_commit,
     write_object,
+    write_objects,
 )
 from pipeline.storage.ledger import Ledger
 
@@ -103,6 +105,24 @@ def test_an_object_that_cannot_be_written_leaves_nothing(tmp_path):
     with pytest.raises(StoreError, match="cannot write 3 bytes"):
         write_object(tmp_path / "object", b"new")
     assert [p.name for p in tmp_path.iterdir()] == ["object"]
+
+
+def test_objects_of_a_shard_are_written_together(tmp_path):
+    written = write_objects(tmp_path, {"a/c/0": [b"one", b"", b"two"], "b/c/0/0": [b"three"]})
+    assert (tmp_path / "a" / "c" / "0").read_bytes() == b"onetwo"
+    assert (tmp_path / "b" / "c" / "0" / "0").read_bytes() == b"three"
+    assert written["a/c/0"] == {"bytes": 6, "sha256": hashlib.sha256(b"onetwo").hexdigest()}
+    assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == 2
+
+
+@pytest.mark.parametrize("stands_in_the_way", ["first", "second", "third"])
+def test_no_object_is_left_half_written(tmp_path, stands_in_the_way):
+    (tmp_path / stands_in_the_way / "folder").mkdir(parents=True)
+    contents = {"first": [b"1"], "second": [b"22"], "third": [b"333"]}
+    with pytest.raises(StoreError, match=f"{stands_in_the_way}: cannot write [123] bytes"):
+        write_objects(tmp_path, contents)
+    for path in tmp_path.iterdir():
+        assert path.is_dir() or [path.read_bytes()] == contents[path.name]
 
 
 def test_what_killed_writers_left_is_swept(tmp_path):
