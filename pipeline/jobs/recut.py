@@ -7,13 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.cut import fill_partition, leaves, splits_by_budget, splits_by_thresholds
+from pipeline.cut import leaves, partition_blocks, splits_by_budget, splits_by_thresholds
 from pipeline.nodes import level_offsets, node_scores, shared_nodes
 from pipeline.rules import QUANTILE_SAMPLE_TILES, FurtherRule, quantile_thresholds
-from pipeline.storage.layout import StoreLayout, write_shard
+from pipeline.storage.layout import StoreLayout
 from pipeline.storage.objects import absolute, objects_at
 from pipeline.storage.partitions import partition_path
 from pipeline.storage.places import FrameRun, Places
+from pipeline.storage.sharding import encoders, write_shard
 from pipeline.store import Store, open_store
 
 
@@ -73,12 +74,8 @@ def repartition_task(
 
 def repartition_shard(task: RepartitionTask) -> dict[str, Any]:
     """Make and write one shard of a partition; its ledger row (see `PartitionLedger`)."""
-    layout, objects = task.layout, objects_at(task.store)
-    arrays = layout.partition_arrays(task.name)
-    blocks = {
-        name: np.full(spec.shard, spec.fill_value, np.dtype(spec.dtype))
-        for name, spec in arrays.items()
-    }
+    layout = task.layout
+    encoded = encoders(layout.partition_arrays(task.name), layout.codec)
     if len(task.run.frames):
         store = open_store(task.store, task.commit)
         own, deciding = _read_nodes(task, store, task.run)
@@ -90,9 +87,13 @@ def repartition_shard(task: RepartitionTask) -> dict[str, Any]:
         here = here[np.argsort(task.run.frames[here])]
         slots = task.run.frames[here] - task.shard * layout.shard_capacity
         group = partition_path(layout.modality, task.name)
-        fill_partition(blocks, group, slots, leaves(splits[here], own[here], layout.grid))
-    written = write_shard(objects, arrays, layout.codec, task.shard, blocks)
-    return {"shard": task.shard, "objects": written}
+        cut = leaves(splits[here], own[here], layout.grid)
+        for array, block in partition_blocks(group, slots, cut, int(slots[-1]) + 1).items():
+            encoded[array].put_leading(block)
+    return {
+        "shard": task.shard,
+        "objects": write_shard(objects_at(task.store), task.shard, encoded),
+    }
 
 
 def _read_nodes(

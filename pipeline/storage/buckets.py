@@ -21,7 +21,7 @@ from zarr.storage import ObjectStore, StorePath
 
 from pipeline.errors import LockedError, StoreError
 from pipeline.storage.layout import ArraySpec, array_metadata
-from pipeline.storage.objects import entry
+from pipeline.storage.objects import Contents, entry
 
 # A request is tried so often, each time after a longer wait, before it counts as failed.
 MAX_RETRIES = 8
@@ -64,12 +64,17 @@ class BucketObjects:
         except BaseError as error:
             raise self._failed(f"cannot list {below}", error) from None
 
-    def write(self, name: str, content: bytes | memoryview) -> dict[str, Any]:
+    def write(self, name: str, content: bytes) -> dict[str, Any]:
         try:
-            obstore.put(self.store, name, bytes(content))
+            obstore.put(self.store, name, content)
         except BaseError as error:
             raise self._failed(f"cannot write {len(content)} bytes to {name}", error) from None
         return entry(content)
+
+    def write_all(self, contents: Contents) -> dict[str, dict[str, Any]]:
+        with ThreadPoolExecutor(_READERS) as pool:
+            joined = (b"".join(pieces) for pieces in contents.values())
+            return dict(zip(contents, pool.map(self.write, contents, joined), strict=True))
 
     def swap(self, name: str, content: bytes, seen: bytes | None) -> None:
         changed = LockedError(

@@ -7,15 +7,17 @@ replaced on the condition that nobody else did, and rows are added to a log one 
 import hashlib
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 from pipeline.errors import LockedError, StoreError
 from pipeline.locations import is_url
 
 PARTIAL_SUFFIX = ".partial"
 Location = str | Path
+Contents = Mapping[str, Sequence[bytes]]
 
 
 class Objects(Protocol):
@@ -35,10 +37,16 @@ class Objects(Protocol):
     def modified(self, name: str) -> float:
         """Seconds since 1970 when an object was written; FileNotFoundError if there is none."""
 
-    def write(self, name: str, content: bytes | memoryview) -> dict[str, Any]:
+    def write(self, name: str, content: bytes) -> dict[str, Any]:
         """Write a whole object durably and atomically; its `bytes` and `sha256`.
 
         Raises StoreError, which names the bytes needed, where that fails; what was there stays.
+        """
+
+    def write_all(self, contents: Contents) -> dict[str, dict[str, Any]]:
+        """Write whole objects, given in pieces by name, as `write` does; what is known of each.
+
+        In no order, and where one cannot be written others may have been.
         """
 
     def swap(self, name: str, content: bytes, seen: bytes | None) -> None:
@@ -78,7 +86,7 @@ def absolute(objects: Objects) -> str:
     return str(objects.folder) if isinstance(objects, LocalObjects) else objects.location
 
 
-def entry(content: bytes | memoryview) -> dict[str, Any]:
+def entry(content: bytes) -> dict[str, Any]:
     """How a ledger or commit names an object's content."""
     return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
@@ -108,21 +116,34 @@ class LocalObjects:
     def modified(self, name: str) -> float:
         return (self.folder / name).stat().st_mtime
 
-    def write(self, name: str, content: bytes | memoryview) -> dict[str, Any]:
-        path = self.folder / name
-        partial = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL_SUFFIX}")
+    def write(self, name: str, content: bytes) -> dict[str, Any]:
+        return self.write_all({name: [content]})[name]
+
+    def write_all(self, contents: Contents) -> dict[str, dict[str, Any]]:
+        # All are written before the first is synced, and all are synced before the first gets its name: the
+        # disk is waited for once.
+        sums, partials, folders, name = {}, dict[str, Path](), dict[Path, None](), ""
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _write_synced(partial, content)
-            _rename(partial, path)
-            _sync_folder(path.parent)
+            with ExitStack() as stack:
+                for name, pieces in contents.items():
+                    path = self.folder / name
+                    folders |= dict.fromkeys(_make_folders(path.parent))
+                    partials[name] = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL_SUFFIX}")
+                    file = stack.enter_context(partials[name].open("wb"))
+                    sums[name] = _write_pieces(file, pieces)
+                    stack.callback(_sync, file.fileno())
+            for name, partial in partials.items():
+                _rename(partial, self.folder / name)
+            for folder in folders:
+                _sync_folder(folder)
         except OSError as error:
-            partial.unlink(missing_ok=True)
+            for partial in partials.values():
+                partial.unlink(missing_ok=True)
             raise StoreError(
-                f"{path}: cannot write {len(content)} bytes: {error.strerror}; free some space or check "
-                "the permissions, then run the same command again"
+                f"{self.folder / name}: cannot write {_size(contents[name])} bytes: {error.strerror}; free "
+                "some space or check the permissions, then run the same command again"
             ) from None
-        return entry(content)
+        return {name: {"bytes": _size(contents[name]), "sha256": sums[name]} for name in contents}
 
     def swap(self, name: str, content: bytes, seen: bytes | None) -> None:
         # Between looking and writing nobody else writes: the holder of the lock alone swaps.
@@ -166,10 +187,28 @@ class LocalObjects:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def _write_synced(path: Path, content: bytes | memoryview) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        _sync(file.fileno())
+def _write_pieces(file: BinaryIO, pieces: Sequence[bytes]) -> str:
+    """Write pieces one after another, out of the user's hands; their sha256."""
+    digest = hashlib.sha256()
+    for piece in pieces:
+        # Hashed while the processor's cache still holds it.
+        digest.update(piece)
+        file.write(piece)
+    file.flush()
+    return digest.hexdigest()
+
+
+def _size(pieces: Sequence[bytes]) -> int:
+    return sum(map(len, pieces))
+
+
+def _make_folders(folder: Path) -> list[Path]:
+    """Make a folder; those whose content changes by it and by what is put into it."""
+    changed = [folder]
+    while not changed[-1].exists():
+        changed.append(changed[-1].parent)
+    folder.mkdir(parents=True, exist_ok=True)
+    return changed
 
 
 def _whole_lines(path: Path) -> int:
