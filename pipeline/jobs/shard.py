@@ -22,6 +22,7 @@ from pipeline.planning.plan import ModalityPlan, Plan
 from pipeline.scenes import Access, Scene, asset_of
 from pipeline.scorers.config import ExternalConfig
 from pipeline.settings.config import ValidityConfig
+from pipeline.storage.objects import objects_at
 from pipeline.storage.sharding import write_shard
 
 # Tiles of a scene whose pixels are compared with its processing baseline.
