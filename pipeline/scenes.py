@@ -151,14 +151,31 @@ class Listing:
 
 
 @dataclass(frozen=True)
+class Retries:
+    """How a read that fails for a passing reason is tried again: `first_wait_s` after the first attempt,
+    each further time `factor` times as long but at most `longest_wait_s`, until `attempts` were made or
+    `budget_s` would be over. A server that is silent for `timeout_s` failed."""
+
+    attempts: int = 5
+    first_wait_s: float = 0.5
+    factor: float = 3.0
+    longest_wait_s: float = 30.0
+    timeout_s: float = 30.0
+    budget_s: float = 300.0
+
+
+@dataclass(frozen=True)
 class Access:
     """What may be opened, and how much of it at once. Small: it travels with every task.
 
     `roots` are absolute folders or URL prefixes; nothing outside them is opened. `drivers` are GDAL
     driver names. `sign` is "package.module:function", called with a URL and returning the URL to use.
+    Servers at private addresses are refused unless a root names the address itself, or all are allowed.
     """
 
     roots: tuple[str, ...]
     drivers: tuple[str, ...] = ("GTiff", "JPEG", "PNG")
     max_block_bytes: int = 256 * 2**20
     sign: str | None = None
+    allow_private_addresses: bool = False
+    retries: Retries = Retries()

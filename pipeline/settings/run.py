@@ -4,7 +4,31 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
+from pipeline.scenes import Retries
 from pipeline.scorers.config import Frozen
+
+
+class RetriesConfig(Frozen):
+    """How a read that fails for a passing reason, local or remote, is tried again."""
+
+    attempts: int = Field(
+        Retries.attempts, ge=1, description="How often a read is tried at most; 1 for no retries."
+    )
+    first_wait_s: float = Field(
+        Retries.first_wait_s, ge=0, description="Seconds before the second attempt."
+    )
+    factor: float = Field(
+        Retries.factor, ge=1, description="How many times longer each further wait is."
+    )
+    longest_wait_s: float = Field(
+        Retries.longest_wait_s, ge=0, description="Seconds that no wait exceeds."
+    )
+    timeout_s: float = Field(
+        Retries.timeout_s, gt=0, description="Seconds of silence after which a server has failed."
+    )
+    budget_s: float = Field(
+        Retries.budget_s, gt=0, description="Seconds after which a read is not tried any more."
+    )
 
 
 class RunConfig(Frozen):
@@ -31,6 +55,12 @@ class RunConfig(Frozen):
     sign: str | None = Field(
         None, description="package.module:function that signs the URLs of a catalogue's assets."
     )
+
+    allow_private_addresses: bool = Field(
+        False,
+        description="Whether servers at private addresses may be asked that no root names as such.",
+    )
+    retries: RetriesConfig = RetriesConfig()
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

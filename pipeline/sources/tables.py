@@ -3,13 +3,11 @@
 import csv
 import io
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any
 
-import fsspec
-
 from pipeline.errors import ArchiveError, SceneError
-from pipeline.locations import check_allowed, is_url, signed
+from pipeline.fetch.files import read_bytes
 from pipeline.readers.rasters import SUFFIXES
 from pipeline.scenes import Access
 
@@ -45,11 +43,7 @@ def scene_key(scene: str) -> str:
 
 def _text(file: str, access: Access) -> str:
     try:
-        check_allowed(file, access)
-        if not is_url(file):
-            return str(Path(file).read_bytes(), encoding="utf-8-sig")
-        with fsspec.open(signed(file, access), "rb") as stream:
-            return str(stream.read(), encoding="utf-8-sig")
+        return str(read_bytes(file, access), encoding="utf-8-sig")
     except SceneError as error:
         raise ArchiveError(f"{file} {error}") from None
     except UnicodeDecodeError as error:

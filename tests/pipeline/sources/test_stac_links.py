@@ -189,13 +189,13 @@ def test_checksums_of_remote_files(tmp_path: Path):
     (tmp_path / "x.tif").write_bytes(content)
     with served(tmp_path, {"/moved.tif": "/x.tif"}) as (address, _):
         known = "1220" + hashlib.sha256(content).hexdigest()
-        verify_checksum(f"{address}/x.tif", known)
+        verify_checksum(f"{address}/x.tif", known, access_to(address))
         with pytest.raises(SceneError, match="in its file"):
-            verify_checksum(f"{address}/x.tif", "1220" + "0" * 64)
+            verify_checksum(f"{address}/x.tif", "1220" + "0" * 64, access_to(address))
         with pytest.raises(SceneError, match="cannot be read"):
-            verify_checksum(f"{address}/absent.tif", known)
+            verify_checksum(f"{address}/absent.tif", known, access_to(address))
         with pytest.raises(SceneError):
-            verify_checksum(f"{address}/moved.tif", known)
+            verify_checksum(f"{address}/moved.tif", known, access_to(address))
 
 
 def test_a_file_system_that_is_not_installed(monkeypatch):
