@@ -139,7 +139,7 @@ def _place(url: str, access: Access) -> tuple[Any, str]:
     """The store of a bucket, and the key of an object or folder in it."""
     root = _root(url)
     try:
-        return _store(root, access.retries), url[len(root) :].strip("/")
+        return _store(root, access.retries, _endpoints()), url[len(root) :].strip("/")
     except ImportError:
         raise
     except Exception as error:  # every cloud has errors of its own
@@ -151,15 +151,19 @@ def _root(url: str) -> str:
     return f"{parts.scheme}://{parts.netloc}"
 
 
+def _endpoints() -> tuple[str, ...]:
+    return tuple(os.environ.get(name, "") for name in _ENDPOINTS)
+
+
 @lru_cache(maxsize=64)
-def _store(root: str, retries: Retries) -> Any:
+def _store(root: str, retries: Retries, endpoints: tuple[str, ...]) -> Any:
     try:
         from obstore.store import from_url
     except ImportError:
         raise ImportError("buckets need obstore; install aptile[cloud]") from None
 
     silence = timedelta(seconds=retries.timeout_s)
-    plain = any(os.environ.get(name, "").startswith("http:") for name in _ENDPOINTS)
+    plain = any(endpoint.startswith("http:") for endpoint in endpoints)
     return from_url(
         root,
         client_options={

@@ -88,7 +88,10 @@ class RemoteFile:
         return list(_threads().map(self._fetch, spans))
 
     def _fetch(self, span: Span) -> bytes:
-        part = fetch(self._url, self._access, span)
+        try:
+            part = fetch(self._url, self._access, span)
+        except FileNotFoundError:
+            raise SceneError(f"{shown(self._url)} is gone since it was opened") from None
         if (part.size, part.tag) != (self.size, self._tag):
             raise SceneError(
                 f"{shown(self._url)} changed while it was read (from {self.size} bytes, {self._tag}, to "

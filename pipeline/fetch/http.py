@@ -20,6 +20,7 @@ from urllib3.exceptions import (
     ReadTimeoutError,
     SSLError,
 )
+from urllib3.util.ssl_match_hostname import CertificateError
 
 from pipeline.errors import SceneError
 from pipeline.fetch.addresses import addresses_of
@@ -254,10 +255,11 @@ def _too_long(question: Question, length: int | None, status: int) -> str:
 
 def _of_encryption(host: str, error: SSLError) -> Exception:
     cause = error.args[0] if error.args else error
-    if isinstance(cause, ssl.SSLCertVerificationError):
+    if isinstance(cause, ssl.CertificateError | CertificateError):
+        reason = getattr(cause, "verify_message", None) or cause
         return SceneError(
-            f"{host} has a certificate that is not trusted ({cause.verify_message}); if it is yours, name "
-            "its authority in SSL_CERT_FILE"
+            f"{host} has a certificate that is not trusted ({reason}); if it is yours, name its authority "
+            "in SSL_CERT_FILE"
         )
     return Passing(f"the encrypted connection failed ({_words(error)})")
 

@@ -207,7 +207,11 @@ def test_every_kind_of_checksum(tmp_path: Path, monkeypatch, prefix, name, size)
 
 def test_the_examples_of_the_file_extension(tmp_path: Path):
     (tmp_path / "x").write_text("test")
-    verify_checksum(str(tmp_path / "x"), "1114a94a8fe5ccb19ba61c4c0873d391e987982fbbd3", Access((str(tmp_path),)))
+    verify_checksum(
+        str(tmp_path / "x"),
+        "1114a94a8fe5ccb19ba61c4c0873d391e987982fbbd3",
+        Access((str(tmp_path),)),
+    )
     known = "12209f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"
     verify_checksum(str(tmp_path / "x"), known, Access((str(tmp_path),)))
 
