@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from pipeline.errors import SceneError
-from pipeline.fetch.files import fingerprint, open_file
+from pipeline.fetch.files import fingerprint, opened
 from pipeline.locations import check_allowed, is_url
 from pipeline.readers.array_base import (
     ArrayFile,
@@ -302,8 +302,8 @@ def _opener(href: str, access: Access) -> AbstractContextManager[ArrayFile]:
         return nullcontext(ZarrFile(href, access))
     if not (is_url(href) or Path(href).is_file()):
         raise SceneError(f"is {'no regular file' if Path(href).exists() else 'not there'}")
-    with open_file(href, access) as file:
-        magic = file.read(8)
+    with opened(href, access) as file:
+        magic = file.read(0, 8)
     if magic == b"\x89HDF\r\n\x1a\n":
         return open_hdf5(href, access)
     if magic[:4] in (b"CDF\x01", b"CDF\x02"):

@@ -13,9 +13,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.errors import ArchiveError, SceneError
-from pipeline.fetch.files import open_file
-from pipeline.fetch.retries import on_disk
-from pipeline.locations import is_url
+from pipeline.fetch.files import PythonFile, opened
 from pipeline.readers.array_base import (
     MAX_MEMBERS,
     ArrayHeader,
@@ -49,21 +47,18 @@ def open_hdf5(href: str, access: Access) -> Iterator["Hdf5File"]:
         raise ArchiveError(
             f"{href} is a netCDF-4 file, which needs h5netcdf; install aptile[xarray]"
         ) from None
-    source = open_file(href, access) if is_url(href) else href
-    with on_disk(
-        lambda: h5py.File(source, "r", locking="best-effort"), href, access.retries
-    ) as file:
+    # HDF5 reads through Python, where what a disk or server says can be heard and tried again.
+    with opened(href, access) as source, h5py.File(PythonFile(source), "r") as file:
         _refuse_references(file, h5py)
         with h5netcdf.File(file, "r", phony_dims="access", decode_vlen_strings=True) as netcdf:
-            yield Hdf5File(file, netcdf, access)
+            yield Hdf5File(file, netcdf, access.max_block_bytes)
 
 
 class Hdf5File:
     """An open netCDF-4 file as an `ArrayFile`."""
 
-    def __init__(self, file: Any, netcdf: Any, access: Access) -> None:
-        self._file, self._netcdf, self._retries = file, netcdf, access.retries
-        self._max_block_bytes = access.max_block_bytes
+    def __init__(self, file: Any, netcdf: Any, max_block_bytes: int) -> None:
+        self._file, self._netcdf, self._max_block_bytes = file, netcdf, max_block_bytes
         self._headers: dict[str, ArrayHeader | None] = {}
         self._decodings: dict[str, Decoding | None] = {}
 
@@ -110,9 +105,6 @@ class Hdf5File:
 
     @scene_errors()
     def block(self, path: str, index: tuple[int, ...]) -> np.ndarray | None:
-        return on_disk(lambda: self._block(path, index), self._file.filename, self._retries)
-
-    def _block(self, path: str, index: tuple[int, ...]) -> np.ndarray | None:
         header, dataset = self._known(path), self._file[path]
         starts = tuple(i * size for i, size in zip(index, header.block_shape, strict=True))
         part = tuple(
