@@ -14,14 +14,18 @@ import pytest
 import rasterio
 from affine import Affine
 
+from cubes import cube, save
 from faulty_server import PASSING, QUICK, faulty_server, listener
 from pipeline.errors import SceneError
 from pipeline.fetch.addresses import addresses_of
 from pipeline.fetch.files import PAGE_BYTES, RemoteFile, merged
 from pipeline.fetch.http import WHOLE_BYTES, Question, Span, ask
 from pipeline.fetch.retries import asked_wait_s
+from pipeline.readers.arrays import open_array_asset
 from pipeline.readers.rasters import open_raster, open_raster_asset, read_header
 from pipeline.scenes import Access, Asset, Plane, Retries, Window
+from pipeline.settings.modality import ModalityConfig
+from pipeline.sources.cube import list_cube
 from support import save_scene, textured
 
 PIXELS = textured((3, 256, 320), seed=7)
@@ -380,3 +384,18 @@ def test_a_file_reads_as_it_is_at_every_place(tmp_path):
     with faulty_server(tmp_path) as server:
         file = RemoteFile(f"{server.address}/empty", access_to(server.address))
         assert (file.size, file.read(0, 10)) == (0, b"")
+
+
+def test_a_netcdf_file_whose_server_breaks_off(tmp_path, monkeypatch):
+    """HDF5 asks through Python, too; what it had to say must not get lost in the library."""
+    monkeypatch.setattr("pipeline.fetch.files.PAGE_BYTES", 256)
+    monkeypatch.setattr("pipeline.fetch.files._PAGES_KEPT", 4)
+    save(cube(), tmp_path / "a.nc", zlib=True)
+    with faulty_server(tmp_path) as server:
+        access = access_to(server.address)
+        bands = ModalityConfig(bands=("B02", "B03"))
+        scene = list_cube(f"{server.address}/a.nc", server.address, bands, access).scenes[0]
+        with open_array_asset(scene.assets[0], access) as reader:
+            server.always = "503"
+            with pytest.raises(SceneError, match="tried 6 times in .* at last: 503"):
+                reader.read(Window(0, 0, 20, 30))
