@@ -56,10 +56,15 @@ class Served:
             return fault
 
 
+class _Quiet(ThreadingHTTPServer):
+    def handle_error(self, *_: object) -> None:
+        """Clients of a server that fails hang up."""
+
+
 @contextmanager
 def faulty_server(folder: Path) -> Iterator[Served]:
     served = Served(folder)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(served))
+    server = _Quiet(("127.0.0.1", 0), _handler(served))
     server.daemon_threads = True
     served.address = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, args=(0.01,))
