@@ -12,9 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-import fsspec
-
-from pipeline.errors import ArchiveError, ConfigError, SceneError
+from pipeline.errors import AptileError, ArchiveError, ConfigError, SceneError
 from pipeline.scenes import Access
 
 SCHEMES = ("https", "http", "s3", "gs", "az", "abfs")
@@ -66,25 +64,19 @@ def signed(href: str, access: Access) -> str:
     return str(_function(access.sign)(href))
 
 
-def file_fingerprint(href: str) -> str:
-    """Size and modification time of a local file, size and entity tag of a remote one.
+def file_fingerprint(path: str) -> str:
+    """Size and modification time of a local file; different whenever it was rewritten.
 
-    Cheap, and different whenever a file was rewritten. Raises OSError where there is no such file.
+    Raises OSError where there is no such file. Of any file: `pipeline.fetch.files.fingerprint`.
     """
-    if not is_url(href):
-        status = Path(href).stat()
-        return f"{status.st_size}-{status.st_mtime_ns}"
-    # Where a server sends one elsewhere, nobody has allowed to go.
-    options = {"allow_redirects": False} if href.startswith(("http:", "https:")) else {}
-    file_system, path = fsspec.core.url_to_fs(href, **options)
-    details = file_system.info(path)
-    tags = ("ETag", "etag", "LastModified", "Last-Modified")
-    tag = next((details[name] for name in tags if details.get(name)), "")
-    return f"{details.get('size')}-{tag}".replace('"', "")
+    status = Path(path).stat()
+    return f"{status.st_size}-{status.st_mtime_ns}"
 
 
 def reason_of(error: BaseException) -> str:
     """Why something could not be read, on one line: what the system said, where that is behind it."""
+    if isinstance(error, AptileError):
+        return str(error)
     behind: BaseException | None = error
     while behind is not None:
         # Clients wrap what the system said in texts of their own, or in the bare address.

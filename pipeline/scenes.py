@@ -151,13 +151,28 @@ class Listing:
 
 
 @dataclass(frozen=True)
+class Retries:
+    """How a read that fails for a passing reason is tried again: `first_wait_s` after the first attempt,
+    each further time `factor` times as long but at most `longest_wait_s`, until `attempts` were made or
+    `budget_s` would be over. A server that is silent for `timeout_s` failed."""
+
+    attempts: int = 5
+    first_wait_s: float = 0.5
+    factor: float = 3.0
+    longest_wait_s: float = 30.0
+    timeout_s: float = 30.0
+    budget_s: float = 300.0
+
+
+@dataclass(frozen=True)
 class Access:
     """What may be opened, and how much of it at once. Small: it travels with every task.
 
     `roots` are absolute folders or URL prefixes; nothing outside them is opened. `drivers` are GDAL
     driver names. `max_scene_px` bounds height times width of a scene. `sign` is "package.module:function",
     called with a URL and returning the URL to use. `checksums` is a list of the files' checksums, relative
-    to the archive.
+    to the archive. Servers at private addresses are refused unless a root names the address itself, or all
+    are allowed.
     """
 
     roots: tuple[str, ...]
@@ -166,3 +181,5 @@ class Access:
     max_scene_px: int = 2**36
     sign: str | None = None
     checksums: str | None = None
+    allow_private_addresses: bool = False
+    retries: Retries = Retries()

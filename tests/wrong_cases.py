@@ -17,6 +17,7 @@ from affine import Affine
 from support import aptile, save_scene, textured
 
 DEAD = "http://127.0.0.1:9"  # nobody listens at port 9
+IMPATIENT = {"retries": {"attempts": 1}}
 ARCHIVE = Path("ARCHIVE")
 ALIASES = "a: &a [0, 0, 0, 0, 0, 0, 0, 0, 0, 0]\n" + "".join(
     f"{more}: &{more} [{', '.join([f'*{name}'] * 10)}]\n" for name, more in pairwise("abcdefgh")
@@ -201,8 +202,9 @@ COMMAND_LINE = {
     "a preset's file that is not there": wrong(tif(), options=("--preset", "mine.yaml")),
     "two presets": wrong(tif(), preset="rgb", options=("--preset", "s2_l2a")),
     "a scheme that is not known": wrong(source="ftp://server/scenes"),
-    "a folder on a web server": wrong(source=f"{DEAD}/scenes"),
-    "a file on a server that does not answer": wrong(source=f"{DEAD}/a.tif"),
+    "a folder on a web server": wrong(source=f"{DEAD}/scenes/*.tif"),
+    "a file on a server that does not answer": wrong(source=f"{DEAD}/a.tif", run=IMPATIENT),
+    "a server at a private address": wrong(source="http://127.1/a.tif"),
     "a Dask scheduler without a port": wrong(tif(), options=("--scheduler", "login-node")),
 }
 CONFIGURATION = {
@@ -345,7 +347,9 @@ CATALOGUES = {
         text("items.json", "<html>"), source="ARCHIVE/items.json", options=B02
     ),
     "two items of one id": stac(item(), item()),
-    "a STAC API that nobody answers": wrong(source=f"stac+{DEAD}?collections=a", options=B02),
+    "a STAC API that nobody answers": wrong(
+        source=f"stac+{DEAD}?collections=a", options=B02, run=IMPATIENT
+    ),
     "a search for everything": wrong(source=f"stac+{DEAD}", options=B02),
 }
 CUBES = {

@@ -4,10 +4,9 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -17,8 +16,8 @@ from rasterio._err import CPLE_NotSupportedError
 from rasterio.crs import CRS
 
 from pipeline.errors import ArchiveError, SceneError
+from pipeline.fetch.files import open_file
 from pipeline.georef import canonical_crs
-from pipeline.locations import check_allowed, is_url, signed
 from pipeline.planning.footprints import LONLAT, transformed
 from pipeline.planning.splits import values_by_scene
 from pipeline.readers.gates import refuse_wide_rows
@@ -167,10 +166,7 @@ def _read(file: str, access: Access, column: str) -> _Shapes:
 
 
 def _opened(file: str, access: Access) -> AbstractContextManager[Any]:
-    check_allowed(file, access)
-    if is_url(file):
-        return fsspec.open(signed(file, access), "rb")
-    return Path(file).open("rb")
+    return open_file(file, access)
 
 
 def _geometry_column(file: str, schema: pa.Schema) -> tuple[str, str]:

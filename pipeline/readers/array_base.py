@@ -107,13 +107,8 @@ def scene_errors() -> Iterator[None]:
         yield
     except (AptileError, AssertionError):
         raise
-    except Exception as error:  # Zarr, HDF5, fsspec and every codec have errors of their own
+    except Exception as error:  # Zarr, HDF5 and every codec have errors of their own
         raise SceneError(f"cannot be read ({reason_of(error):.200})") from None
-
-
-def http_options(href: str) -> dict[str, Any]:
-    """Options of fsspec: where a server sends one elsewhere, nobody has allowed to go."""
-    return {"allow_redirects": False} if href.startswith(("http:", "https:")) else {}
 
 
 def read_whole(file: ArrayFile, path: str) -> np.ndarray:

@@ -4,7 +4,6 @@ A library takes a header's word for how much memory a directory, a tag, a mask o
 checks read the few bytes that make such claims themselves.
 """
 
-import stat
 import struct
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from pipeline.errors import SceneError
+from pipeline.fetch.files import refuse_special_file
 
 # More bands than this are no image: a tile of them alone would take gigabytes.
 MAX_BANDS = 4096
@@ -83,12 +83,6 @@ def refuse_wide_rows(metadata: Any, columns: Collection[str], most_rows: int, bu
                 f"has rows so wide that {min(most_rows, group.num_rows)} of them take {needed} bytes, more "
                 f"than run.max_block_bytes {budget}; raise that, or leave columns out"
             )
-
-
-def refuse_special_file(path: str) -> None:
-    """Raise SceneError for a folder, pipe or device, which would never end being read."""
-    if not stat.S_ISREG(Path(path).stat().st_mode):
-        raise SceneError("is no regular file")
 
 
 def read_regular(path: str, most: int, setting: str) -> bytes:

@@ -6,6 +6,7 @@ from typing import Self
 
 from pydantic import Field, field_validator, model_validator
 
+from pipeline.scenes import Retries
 from pipeline.scorers.config import Frozen
 from pipeline.settings.cluster import Cluster, KubernetesConfig, Memory, TlsConfig
 
@@ -22,6 +23,29 @@ def parse_limit(text: int | str) -> int | Fraction:
     elif re.fullmatch(r"\d+", str(text).strip()):
         return int(text)
     raise ValueError("expected a number of inputs such as 10, or a share of them such as 1%")
+
+
+class RetriesConfig(Frozen):
+    """How a read that fails for a passing reason, local or remote, is tried again."""
+
+    attempts: int = Field(
+        Retries.attempts, ge=1, description="How often a read is tried at most; 1 for no retries."
+    )
+    first_wait_s: float = Field(
+        Retries.first_wait_s, ge=0, description="Seconds before the second attempt."
+    )
+    factor: float = Field(
+        Retries.factor, ge=1, description="How many times longer each further wait is."
+    )
+    longest_wait_s: float = Field(
+        Retries.longest_wait_s, ge=0, description="Seconds that no wait exceeds."
+    )
+    timeout_s: float = Field(
+        Retries.timeout_s, gt=0, description="Seconds of silence after which a server has failed."
+    )
+    budget_s: float = Field(
+        Retries.budget_s, gt=0, description="Seconds after which a read is not tried any more."
+    )
 
 
 class RunConfig(Frozen):
@@ -88,6 +112,12 @@ class RunConfig(Frozen):
         if value is not None:
             parse_limit(value)
         return value
+
+    allow_private_addresses: bool = Field(
+        False,
+        description="Whether servers at private addresses may be asked that no root names as such.",
+    )
+    retries: RetriesConfig = RetriesConfig()
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

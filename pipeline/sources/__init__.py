@@ -8,12 +8,11 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
-import fsspec
-
 from pipeline.errors import ArchiveError, ConfigError, SceneError
-from pipeline.locations import as_root, is_url, signed
+from pipeline.fetch.files import exists
+from pipeline.locations import as_root, is_url
 from pipeline.readers.gates import refuse_many_pixels
-from pipeline.scenes import Access, Listing
+from pipeline.scenes import Access, Listing, Retries
 from pipeline.settings.modality import ModalityConfig
 from pipeline.settings.run import RunConfig
 from pipeline.sources.checksums import checksum_file, with_checksums
@@ -44,6 +43,8 @@ def archive_access(archive: str, run: RunConfig) -> Access:
         max_scene_px=run.max_scene_px,
         sign=run.sign,
         checksums=run.checksums,
+        allow_private_addresses=run.allow_private_addresses,
+        retries=Retries(**run.retries.model_dump()),
     )
 
 
@@ -130,13 +131,12 @@ def _has_zarr_metadata(location: str, access: Access) -> bool:
     if split_glob(location)[1] or is_file(location):
         return False
     places = (f"{location.rstrip('/')}/{name}" for name in _ZARR_METADATA)
+    if not is_url(location):
+        return any(Path(place).is_file() for place in places)
     try:
-        if not is_url(location):
-            return any(Path(place).is_file() for place in places)
-        systems = (fsspec.core.url_to_fs(signed(place, access)) for place in places)
-        return any(system.exists(path) for system, path in systems)
-    except Exception:  # what cannot be reached is reported by the source that tries to list it
-        return False
+        return any(exists(place, access) for place in places)
+    except SceneError as error:
+        raise ArchiveError(str(error)) from None
 
 
 def _locate(archive: str, modality: ModalityConfig, access: Access) -> tuple[str, str]:
@@ -191,5 +191,5 @@ def _split(archive: str) -> tuple[str, str]:
 
 def _missing(location: str, error: ImportError) -> ArchiveError:
     return ArchiveError(
-        f"{location} cannot be read: {error}; install it with: pip install 'aptile[stac,xarray]'"
+        f"{location} cannot be read: {error}; install it with: pip install 'aptile[stac,xarray,cloud]'"
     )
