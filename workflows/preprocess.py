@@ -11,12 +11,14 @@ from pipeline.planning.explain import explain, in_words
 from pipeline.planning.inputs import Job, plan_job
 from pipeline.settings.config import PreprocessConfig
 from pipeline.settings.loading import load_config
+from pipeline.storage.objects import Location
+from workflows.locations import StoreLocation
 from workflows.terminal import ShardProgress, note, print_json, progress_bar
 
 
 def preprocess(
     source: str,
-    store: Path,
+    store: StoreLocation,
     *,
     config: Path | None = None,
     preset: str | None = None,
@@ -35,7 +37,7 @@ def preprocess(
     source
         Folder of scenes, a quoted glob, a Zarr or netCDF dataset, a STAC catalogue or a URL.
     store
-        Path of the store to make or complete.
+        The store to make or complete: a path, or a URL (s3://, gs://, az://).
     config
         YAML file with any of the settings.
     preset
@@ -67,7 +69,7 @@ def preprocess(
     return EXIT_QUARANTINED if report.quarantined else EXIT_OK
 
 
-def preprocess_archive(source: str, store: Path, settings: PreprocessConfig) -> JobReport:
+def preprocess_archive(source: str, store: Location, settings: PreprocessConfig) -> JobReport:
     """Run the job with a progress bar, and say what came of it."""
     with progress_bar("tiles") as bar:
         report = run_job(source, store, settings, ShardProgress(bar, "preprocess"))
