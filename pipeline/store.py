@@ -38,9 +38,10 @@ def open_store(location: Location, commit: int | None = None) -> "Store":
     manifest or ledger is not the committed one.
     """
     objects = objects_at(location)
+    header = read_header(objects)
     found = read_commit(objects) if commit is None else require_commit(objects, commit)
     if found is None:
-        if read_header(objects) is None:
+        if header is None:
             raise StoreError(f"{location}: no aptile store here; make one with `aptile preprocess`")
         raise StoreError(
             f"{location}: the job that writes this store has not finished; run its `aptile preprocess` "

@@ -2,6 +2,7 @@
 
 import filecmp
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,8 @@ from rasterio.errors import NotGeoreferencedWarning
 
 from pipeline.grid import BaseGrid
 from pipeline.scenes import Asset, Grid, Plane, Scene
+from pipeline.storage.commit import COMMIT, read_commit
+from pipeline.storage.objects import LocalObjects
 from workflows.cli import app, run
 
 
@@ -104,6 +107,13 @@ def assert_same_bytes(first: Path, second: Path) -> None:
     assert files(first) == files(second)
     _, differing, unreadable = filecmp.cmpfiles(first, second, files(first), shallow=False)
     assert differing == unreadable == []
+
+
+def reseal(store: Path, **changes) -> None:
+    """Give a store another newest commit, as somebody would who knows how commits are written."""
+    objects = LocalObjects(store)
+    commit = read_commit(objects)
+    objects.write(COMMIT, replace(commit, **changes).encode())
 
 
 def header(

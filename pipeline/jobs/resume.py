@@ -39,9 +39,8 @@ class State:
     @classmethod
     def read(cls, objects: Objects) -> "State":
         """The state of a store; IntegrityError where what a commit names is damaged."""
-        commit = read_commit(objects)
+        header, commit = read_header(objects), read_commit(objects)
         if commit is None:
-            header = read_header(objects)
             under_way = None if header is None else Ledger.read(objects, 1)
             return cls(header, None, History(()), under_way)
         check_version(objects.location, commit.header)

@@ -95,7 +95,7 @@ def layout_from_header(name: str, entry: dict[str, Any]) -> StoreLayout:
     except (ValidationError, ConfigError, TypeError) as error:
         reason = " ".join(str(error).split())
         raise IntegrityError(
-            f"modality {name!r:.80} in the store's zarr.json cannot be used ({reason:.200}); the store is "
+            f"modality {name!r:.80} of the store's header cannot be used ({reason:.200}); the store is "
             "damaged; `aptile verify` says what else is"
         ) from None
     return StoreLayout(

@@ -85,7 +85,7 @@ class LocalObjects:
     """Objects as files of a folder: temporary name, fsync, rename."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder.absolute()
+        self.folder = folder.resolve()
         self.location = str(folder)
 
     def read(self, name: str) -> bytes:

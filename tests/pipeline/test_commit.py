@@ -1,28 +1,46 @@
 import json
-import multiprocessing
-import os
+from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pipeline.errors import IntegrityError, LockedError, StoreError
 from pipeline.storage.commit import (
-    LEDGER,
-    MANIFEST,
-    exclusive,
+    APPEND,
+    COMMIT,
+    Batch,
+    Commit,
+    all_commits,
+    decode,
+    named,
     read_commit,
-    read_committed,
-    sweep_partials,
+    read_named,
+    require_commit,
     write_commit,
-    write_object,
 )
-from pipeline.storage.ledger import Ledger
+from pipeline.storage.history import History
+from pipeline.storage.ledger import Ledger, ledger_name
+from pipeline.storage.objects import LocalObjects
 
+HEAD = {"batch": 1, "first_shard": 0, "num_shards": 3}
 FILES = [{"file": "a.tif", "modality": "image", "fingerprint": "1-1"}]
+PLACES = [{"place": "a", "height": 9, "width": 9, "crs": None, "transform": None, "scenes": ["a"]}]
 UNKNOWN = {"datetime": None, "baseline": None, "shift": None, "resampling": None}
 SCENES = [
     {"scene": "a", "modality": "image", "status": "planned", "reason": None, **UNKNOWN},
     {"scene": "z", "modality": "image", "status": "skipped", "reason": "not asked for", **UNKNOWN},
 ]
+FIRST = Commit(
+    number=1,
+    kind="preprocess",
+    parent=None,
+    header={"format_version": "0.3", "modalities": {"z": {"inf": "-inf"}, "a": {}}},
+    manifest={"path": "manifest/000001.parquet", "bytes": 3, "sha256": "00"},
+    batches=(Batch(1, 0, 3, {"path": "ledger/000001.jsonl", "bytes": 1, "sha256": "11"}),),
+    summary={"tiles": 1},
+    metadata={"zarr.json": {"bytes": 2, "sha256": "22"}},
+)
 
 
 def shard_row(shard, failed=None):
@@ -38,119 +56,140 @@ def shard_row(shard, failed=None):
 
 
 @pytest.fixture
-def ledger(tmp_path):
-    ledger = Ledger(tmp_path / LEDGER, list(FILES), list(SCENES))
-    ledger.create()
+def objects(tmp_path):
+    return LocalObjects(tmp_path)
+
+
+@pytest.fixture
+def ledger(objects):
+    ledger = Ledger(dict(HEAD), list(FILES), list(PLACES), list(SCENES))
+    ledger.create(objects)
     return ledger
 
 
-def test_rows_survive(ledger, tmp_path):
-    ledger.append(shard_row(1))
-    again = Ledger.read(tmp_path)
-    assert (again.files, again.scenes) == (FILES, SCENES)
-    assert list(again.shards) == [1]
+def add(objects, text: bytes):
+    with (objects.folder / ledger_name(1)).open("ab") as file:
+        file.write(text)
+
+
+def test_rows_survive(ledger, objects):
+    ledger.append(objects, [shard_row(1), shard_row(2)])
+    again = Ledger.read(objects, 1)
+    assert (again.head, again.files, again.places, again.scenes) == (HEAD, FILES, PLACES, SCENES)
+    assert list(again.shards) == [1, 2]
     assert again.fingerprints() == {("image", "a.tif"): "1-1"}
     assert again.thresholds("image") == {0: [0.5, 0.75]}
     assert again.thresholds("other") == {}
     assert again.with_status("skipped") == {"z": "not asked for"}
-    assert again.findings() == {"a": "odd in 1"}
+    assert again.findings() == {"a": "odd in 2"}
+    assert Ledger.read(objects, 2) is None
 
 
-def test_a_torn_row_does_not_count_and_does_not_spoil_the_next(ledger, tmp_path):
-    ledger.append(shard_row(0))
-    with ledger.path.open("ab") as file:
-        file.write(b'{"shard": 1, "obj')
-    assert list(Ledger.read(tmp_path).shards) == [0]
-    Ledger.read(tmp_path).append(shard_row(2))
-    assert list(Ledger.read(tmp_path).shards) == [0, 2]
+def test_a_torn_row_does_not_count_and_does_not_spoil_the_next(ledger, objects):
+    ledger.append(objects, [shard_row(0)])
+    add(objects, b'{"shard": 1, "obj')
+    assert list(Ledger.read(objects, 1).shards) == [0]
+    Ledger.read(objects, 1).append(objects, [shard_row(2)])
+    assert list(Ledger.read(objects, 1).shards) == [0, 2]
 
 
-def test_the_canonical_ledger_does_not_depend_on_the_order_of_work(tmp_path):
+def test_the_canonical_ledger_does_not_depend_on_the_order_of_work(objects):
     texts = set()
     for order in ((0, 1, 2), (2, 0, 1)):
-        ledger = Ledger(tmp_path / LEDGER, list(FILES), list(SCENES))
-        ledger.create()
+        ledger = Ledger(dict(HEAD), list(FILES), list(PLACES), list(SCENES))
+        ledger.create(objects)
         for shard in order:
-            ledger.append(shard_row(shard))
+            ledger.append(objects, [shard_row(shard)])
         texts.add(ledger.canonical())
     assert len(texts) == 1
 
 
-def test_quarantined_scenes_of_planning_and_of_shards(ledger):
+def test_quarantined_scenes_of_planning_and_of_shards(ledger, objects):
     ledger.scenes.append({**SCENES[0], "scene": "c", "status": "refused", "reason": "no raster"})
-    ledger.append(shard_row(0, failed={"a": "truncated"}))
+    ledger.append(objects, [shard_row(0, failed={"a": "truncated"})])
     assert ledger.quarantined() == {"a": "truncated", "c": "no raster"}
 
 
-def test_a_line_that_is_no_row_is_damage(ledger, tmp_path):
-    with ledger.path.open("ab") as file:
-        file.write(b"what?\n")
-    with pytest.raises(IntegrityError, match="line 4 is not a ledger row"):
-        Ledger.read(tmp_path)
+def test_an_input_that_is_taken_in_again_counts_by_its_last_batch():
+    first = Ledger(dict(HEAD), [], [], list(SCENES), {0: shard_row(0, failed={"a": "truncated"})})
+    second = Ledger({**HEAD, "batch": 2, "first_shard": 3}, [], [], [SCENES[0]], {})
+    assert History((first,)).quarantined() == {"a": "truncated"}
+    both = History((first, second))
+    assert (both.quarantined(), both.skipped()) == ({}, {"z": "not asked for"})
+    assert (both.inputs(), both.num_shards) == ({"a", "z"}, 6)
 
 
-def test_objects_are_replaced_whole(tmp_path):
-    path = tmp_path / "deep" / "object"
-    written = write_object(path, b"old")
-    assert written["bytes"] == 3
-    write_object(path, b"new")
-    assert path.read_bytes() == b"new"
-    assert os.listdir(path.parent) == ["object"]  # noqa: PTH208
+def test_a_line_that_is_no_row_is_damage(ledger, objects):
+    add(objects, b"what?\n")
+    with pytest.raises(IntegrityError, match="line 6 is not a ledger row"):
+        Ledger.read(objects, 1)
 
 
-def test_an_object_that_cannot_be_written_leaves_nothing(tmp_path):
-    (tmp_path / "object").mkdir()
+def test_objects_are_replaced_whole(objects):
+    assert objects.write("deep/object", b"old")["bytes"] == 3
+    objects.write("deep/object", b"new")
+    assert objects.read("deep/object") == b"new"
+    assert list(objects.names()) == ["deep/object"]
+
+
+def test_an_object_that_cannot_be_written_leaves_nothing(objects):
+    (objects.folder / "object").mkdir()
     with pytest.raises(StoreError, match="cannot write 3 bytes"):
-        write_object(tmp_path / "object", b"new")
-    assert [p.name for p in tmp_path.iterdir()] == ["object"]
+        objects.write("object", b"new")
+    assert [p.name for p in objects.folder.iterdir()] == ["object"]
 
 
-def test_what_killed_writers_left_is_swept(tmp_path):
-    (tmp_path / "c").mkdir()
-    (tmp_path / "c" / "0.123.partial").write_bytes(b"half")
-    (tmp_path / "c" / "0").write_bytes(b"whole")
-    sweep_partials(tmp_path)
-    assert [p.name for p in (tmp_path / "c").iterdir()] == ["0"]
+def test_what_killed_writers_left_is_no_object_and_is_swept(objects):
+    objects.write("c/0", b"whole")
+    (objects.folder / "c" / "0.123.partial").write_bytes(b"half")
+    assert list(objects.names()) == ["c/0"]
+    objects.sweep()
+    assert [p.name for p in (objects.folder / "c").iterdir()] == ["0"]
 
 
-def test_a_commit_names_its_manifest_and_ledger(ledger, tmp_path):
-    assert read_commit(tmp_path) is None
-    write_commit(tmp_path, ledger.canonical(), b"manifest", {"tiles": 1})
-    commit = read_commit(tmp_path)
-    assert commit["summary"] == {"tiles": 1}
-    assert read_committed(tmp_path, MANIFEST, commit) == b"manifest"
+def test_commits_follow_each_other_and_all_stay(objects):
+    assert read_commit(objects) is None
+    write_commit(objects, FIRST, None)
+    second = FIRST.after(APPEND, summary={"tiles": 2})
+    write_commit(objects, second, FIRST)
+    assert read_commit(objects) == second
+    assert list(all_commits(objects)) == [FIRST, second]
+    assert list(read_commit(objects, 1).header["modalities"]) == ["z", "a"]
+    assert second.parent == named("", FIRST.encode())["sha256"]
+    with pytest.raises(StoreError, match="no commit 3; there are 1 to 2, see `aptile log`"):
+        require_commit(objects, 3)
 
 
-@pytest.mark.parametrize("damage", [lambda p: p.write_bytes(b"other"), lambda p: p.unlink()])
-def test_another_manifest_than_the_committed_one_is_refused(ledger, tmp_path, damage):
-    write_commit(tmp_path, ledger.canonical(), b"manifest", {})
-    damage(tmp_path / MANIFEST)
-    with pytest.raises(IntegrityError, match=r"manifest.parquet (is missing|differs)"):
-        read_committed(tmp_path, MANIFEST, read_commit(tmp_path))
+def test_a_commit_on_top_of_another_one_than_is_there_is_refused(objects):
+    write_commit(objects, FIRST, None)
+    with pytest.raises(LockedError, match=r"COMMIT.json was written by another process"):
+        write_commit(objects, FIRST.after(APPEND), replace(FIRST, summary={}))
+    assert read_commit(objects) == FIRST
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"objects": 3}', json.dumps({"objects": {}})])
-def test_a_damaged_commit_is_refused(tmp_path, text):
-    (tmp_path / "COMMIT.json").write_text(text)
-    with pytest.raises(IntegrityError, match="not a commit"):
-        read_commit(tmp_path)
+@given(st.data())
+def test_no_byte_of_a_commit_changes_unnoticed(data):
+    content = bytearray(FIRST.encode())
+    position = data.draw(st.integers(0, len(content) - 1))
+    content[position] ^= data.draw(st.integers(1, 255))
+    with pytest.raises(ValueError, match=r"no commit|checksum"):
+        decode(bytes(content))
 
 
-def hold(store, ready, done):
-    with exclusive(store):
-        ready.set()
-        done.wait(60)
+@pytest.mark.parametrize("damage", [b"other", None])
+def test_another_object_than_the_committed_one_is_refused(objects, damage):
+    manifest = named("manifest/000001.parquet", b"manifest")
+    objects.write(manifest["path"], b"manifest")
+    assert read_named(objects, manifest) == b"manifest"
+    objects.remove([manifest["path"]])
+    if damage is not None:
+        objects.write(manifest["path"], damage)
+    with pytest.raises(IntegrityError, match=r"000001.parquet (is missing|differs)"):
+        read_named(objects, manifest)
 
 
-def test_a_second_writer_is_refused_and_a_dead_one_does_not_block(tmp_path):
-    context = multiprocessing.get_context("spawn")
-    ready, done = context.Event(), context.Event()
-    holder = context.Process(target=hold, args=(tmp_path, ready, done))
-    holder.start()
-    assert ready.wait(60)
-    with pytest.raises(LockedError, match=f"process {holder.pid} on"), exclusive(tmp_path):
-        pass
-    holder.kill()
-    holder.join()
-    with exclusive(tmp_path):
-        assert str(os.getpid()) in (tmp_path / ".lock").read_text()
+@pytest.mark.parametrize("text", ["", "[]", '{"batches": 3}', json.dumps({"sha256": "00"})])
+def test_a_damaged_commit_is_refused(objects, text):
+    (objects.folder / COMMIT).write_text(text)
+    with pytest.raises(IntegrityError, match="is not a commit"):
+        read_commit(objects)

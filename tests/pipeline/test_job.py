@@ -17,8 +17,6 @@ from pipeline.jobs.job import run_job
 from pipeline.settings.config import PreprocessConfig
 from pipeline.settings.loading import load_config
 from pipeline.storage.ledger import ledger_name
-
-LEDGER = ledger_name(1)
 from support import Watching, assert_same_bytes, files, save_scene, textured
 
 SMALL = (
@@ -162,7 +160,7 @@ def kill(job: subprocess.Popen) -> None:
 
 def test_a_job_killed_with_its_workers_is_completed_to_the_same_bytes(archive, store, tmp_path):
     job = started(archive, tmp_path / "killed")
-    ledger = tmp_path / "killed" / LEDGER
+    ledger = tmp_path / "killed" / ledger_name(1)
     while job.poll() is None and not (ledger.exists() and b'"shard"' in ledger.read_bytes()):
         time.sleep(0.01)
     kill(job)

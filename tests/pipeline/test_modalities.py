@@ -1,6 +1,7 @@
 """Stores of several modalities, dates and resolutions, held against the files they come from."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -183,7 +184,7 @@ def test_the_header_says_what_each_modality_is(store):
 
 
 def test_xarray_opens_every_resolution_side_by_side(store):
-    dataset = xr.open_zarr(store.path, group="s2")
+    dataset = xr.open_zarr(Path(store.location), group="s2")
     assert dataset["pixels_20m"].dims == ("frame", "band_20m", "y_20m", "x_20m")
     assert (dataset.sizes["y"], dataset.sizes["y_20m"], dataset.sizes["y_60m"]) == (96, 48, 16)
     assert dataset.attrs["bands_60m"] == ["B09"]
@@ -202,11 +203,11 @@ def test_a_dataset_packs_the_frames_there_are(store, modality):
 
 def test_the_bytes_do_not_depend_on_workers_or_interruptions(archive, settings, store, tmp_path):
     run_job(str(archive), tmp_path / "two", settings("run.workers=2"), Watching())
-    assert_same_bytes(store.path, tmp_path / "two")
+    assert_same_bytes(Path(store.location), tmp_path / "two")
     with pytest.raises(KeyboardInterrupt):
         run_job(str(archive), tmp_path / "again", settings(), Watching(interrupt_after=2))
     run_job(str(archive), tmp_path / "again", settings(), Watching())
-    assert_same_bytes(store.path, tmp_path / "again")
+    assert_same_bytes(Path(store.location), tmp_path / "again")
 
 
 def test_one_modality_is_repartitioned_on_its_own(archive, settings, tmp_path, capsys):

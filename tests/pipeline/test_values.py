@@ -12,7 +12,6 @@ from pipeline.jobs.job import run_job
 from pipeline.planning.inputs import plan_job
 from pipeline.settings.config import PreprocessConfig
 from pipeline.settings.loading import load_config
-from pipeline.storage.ledger import Ledger
 from support import Watching, save_scene, textured
 
 TILE = {"store": {"tile_size_px": 64}, "run": {"workers": 1}}
@@ -121,7 +120,7 @@ def test_scenes_of_two_baselines_agree_in_pixels_scores_and_range(write_scene, p
     for maps in tile.score_maps:
         np.testing.assert_array_equal(maps[0], maps[1])
     assert report.findings == {}
-    rows = Ledger.read(store.path).scenes
+    rows = store.history.ledgers[0].scenes
     assert [(row["baseline"], row["shift"]) for row in rows] == [("03.01", 1000), ("04.00", 0)]
 
 
@@ -164,7 +163,7 @@ def test_a_scene_on_another_grid_is_resampled_onto_its_place(write_scene, prepro
     assert tile.valid[1, :, 2:].all()
     assert not tile.valid[1, :, :2].any()
     assert only_row(store)["image"]["nodata_fraction"] == [0, 2 / 64]
-    assert [row["resampling"] for row in Ledger.read(store.path).scenes] == [None, "bilinear"]
+    assert [row["resampling"] for row in store.history.ledgers[0].scenes] == [None, "bilinear"]
 
 
 def test_without_permission_it_is_refused_with_both_grids(write_scene, preprocess):

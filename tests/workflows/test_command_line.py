@@ -229,9 +229,9 @@ def test_a_damaged_store_ends_with_exit_code_4(chip_store, tmp_path, capsys):
     import shutil
 
     store = shutil.copytree(chip_store, tmp_path / "copy")
-    (store / "manifest.parquet").write_bytes(b"")
+    (store / "manifest" / "000001.parquet").write_bytes(b"")
     assert aptile("inspect", store) == 4
-    assert "manifest.parquet differs from what was committed" in refusal(capsys)
+    assert "manifest/000001.parquet differs from what was committed" in refusal(capsys)
 
 
 @pytest.mark.parametrize(
