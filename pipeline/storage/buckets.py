@@ -5,6 +5,8 @@ environment that the providers' own tools use.
 """
 
 import hashlib
+import os
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -39,8 +41,11 @@ from pipeline.storage.objects import entry
 
 if TYPE_CHECKING:
     from obstore import PutMode
+    from obstore.store import ClientConfig
 
-SCHEMES = ("s3", "gs", "az", "abfs")
+# How the variables of the environment begin, by scheme.
+_PROVIDERS = {"s3": "AWS", "gs": "GOOGLE", "az": "AZURE", "abfs": "AZURE"}
+SCHEMES = tuple(_PROVIDERS)
 # Names that end so are logs: rows are added to them.
 LOG_SUFFIX = ".jsonl"
 # Requests that run beside each other: each one mostly waits for its answer.
@@ -49,6 +54,7 @@ _AT_ONCE = 32
 _LIST_FROM = 32
 # A conditional write whose fate is unknown is looked into so often.
 _SWAP_TRIES = 6
+_CONNECT_TIMEOUT = timedelta(seconds=5)
 _LOCK = ".lock"
 _GONE = (NotFoundError, FileNotFoundError)
 _Result = TypeVar("_Result")
@@ -73,7 +79,7 @@ class BucketObjects:
     """Objects below a prefix of a bucket."""
 
     def __init__(self, url: str, patience: Patience = FOR_DATA) -> None:
-        self.location = _checked(url)
+        self.location, self._patience = _checked(url), patience
         try:
             self.store = from_url(
                 self.location,
@@ -81,7 +87,7 @@ class BucketObjects:
                     "max_retries": patience.retries,
                     "retry_timeout": patience.in_all,
                 },
-                client_options={"timeout": patience.once, "connect_timeout": "5s"},
+                client_options=_client_options(self.location, patience),
             )
         except (BaseError, ValueError) as error:
             raise self._failed("cannot be used", error) from None
@@ -175,15 +181,14 @@ class BucketObjects:
 
     def remove(self, names: Iterable[str]) -> None:
         names = list(names)
-        if not names:
-            return
-        try:
+
+        def remove() -> bool:
             obstore.delete(self.store, names)
-        except _GONE:
-            # Some object stores complain, and stop there.
+            return True
+
+        if names and not self._tried(remove, f"cannot remove {names[0]}"):
+            # Some object stores complain of one that is not there, and stop.
             list(self.pool.map(self._remove, names))
-        except BaseError as error:
-            raise self._failed(f"cannot remove {names[0]}", error) from None
 
     def sweep(self) -> None:
         """Nothing to do: an object that was not written whole is not there."""
@@ -197,12 +202,14 @@ class BucketObjects:
         self.remove([name for name in last if name not in (ROOT_METADATA, _LOCK)])
         self.remove([name for name in last if name == _LOCK])
 
-    def _listed(self, below: str) -> Iterator[tuple[str, int]]:
-        try:
-            for page in obstore.list(self.store, prefix=below or None):
-                yield from ((found["path"], found["size"]) for found in page)
-        except BaseError as error:
-            raise self._failed(f"cannot list {below}", error) from None
+    def _listed(self, below: str) -> list[tuple[str, int]]:
+        """Name and bytes of every object below a folder."""
+
+        def listed() -> list[tuple[str, int]]:
+            pages = obstore.list(self.store, prefix=below or None)
+            return [(found["path"], found["size"]) for page in pages for found in page]
+
+        return self._tried(listed, f"cannot list {below}") or []
 
     def _get(self, name: str) -> tuple[bytes, Any] | None:
         """Content and version of an object; None if there is none."""
@@ -210,7 +217,8 @@ class BucketObjects:
         def get() -> tuple[bytes, Any]:
             found = obstore.get(self.store, name)
             content = bytes(found.bytes())
-            return content, {"e_tag": found.meta["e_tag"], "version": found.meta["version"]}
+            tags = {"e_tag": found.meta["e_tag"], "version": found.meta["version"]}
+            return content, {name: tag for name, tag in tags.items() if tag is not None}
 
         return self._tried(get, f"cannot read {name}")
 
@@ -220,18 +228,30 @@ class BucketObjects:
         )
 
     def _tried(self, request: Callable[[], _Result], what: str) -> _Result | None:
-        try:
-            return request()
-        except _GONE:
-            return None
-        except (BaseError, InvalidPathError) as error:
-            raise self._failed(what, error) from None
+        """The answer to a request that may be sent again; None if what it asks for is not there.
+
+        obstore tries again where the connection fails, not where an answer breaks off.
+        """
+        until = time.monotonic() + self._patience.in_all.total_seconds()
+        for left in reversed(range(self._patience.retries)):
+            try:
+                return request()
+            except _GONE:
+                return None
+            except (PermissionDeniedError, UnauthenticatedError, InvalidPathError) as error:
+                raise self._failed(what, error) from None
+            except BaseError as error:
+                if not left or time.monotonic() > until:
+                    raise self._failed(what, error) from None
+        raise AssertionError("a request is sent at least once")
 
     def _put(self, name: str, content: bytes) -> None:
-        try:
-            obstore.put(self.store, name, content, use_multipart=False)
-        except (BaseError, *_GONE) as error:
-            raise self._failed(f"cannot write {len(content)} bytes to {name}", error) from None
+        what = f"cannot write {len(content)} bytes to {name}"
+        if (
+            self._tried(lambda: obstore.put(self.store, name, content, use_multipart=False), what)
+            is None
+        ):
+            raise self._failed(what, ValueError("no such bucket"))
 
     def _remove(self, name: str) -> None:
         self._tried(lambda: obstore.delete(self.store, name), f"cannot remove {name}")
@@ -248,6 +268,17 @@ class BucketObjects:
             f"{self.location}: {what}: {reason:.300}; check address, credentials and connection, then run "
             "the same command again"
         )
+
+
+def _client_options(url: str, patience: Patience) -> "ClientConfig":
+    """Limits of our own, and what the environment says of connections: giving some hides all of that."""
+    provider = _PROVIDERS[urlsplit(url).scheme]
+    options: ClientConfig = {"timeout": patience.once, "connect_timeout": _CONNECT_TIMEOUT}
+    allow_http = os.environ.get(f"{provider}_ALLOW_HTTP", "")
+    options["allow_http"] = allow_http.lower() in ("1", "true", "yes", "on")
+    if proxy := os.environ.get(f"{provider}_PROXY_URL"):
+        options["proxy_url"] = proxy
+    return options
 
 
 def _rows(log: str) -> str:
