@@ -54,6 +54,8 @@ _AT_ONCE = 32
 _LIST_FROM = 32
 # A conditional write whose fate is unknown is looked into so often.
 _SWAP_TRIES = 6
+# Parts of arrays carry their checksum; one that arrives spoilt is asked for again so often.
+_READ_TRIES = 4
 _CONNECT_TIMEOUT = timedelta(seconds=5)
 _LOCK = ".lock"
 _GONE = (NotFoundError, FileNotFoundError)
@@ -90,7 +92,7 @@ class BucketObjects:
                 client_options=_client_options(self.location, patience),
             )
         except (BaseError, ValueError) as error:
-            raise self._failed("cannot be used", error) from None
+            raise self.failed("cannot be used", error) from None
         self._logs: dict[str, str] = {}
 
     @cached_property
@@ -155,11 +157,11 @@ class BucketObjects:
             except (AlreadyExistsError, PreconditionError, *_GONE):
                 failure = None
             except (PermissionDeniedError, UnauthenticatedError, NotImplementedError) as error:
-                raise self._failed(f"cannot replace {name}", error) from None
+                raise self.failed(f"cannot replace {name}", error) from None
             except BaseError as error:
                 failure = error
         if failure is not None:
-            raise self._failed(f"cannot replace {name}", failure)
+            raise self.failed(f"cannot replace {name}", failure)
         raise StoreError(
             f"{self.location}/{name}: cannot be replaced on condition: the object store refuses, though "
             "nobody else wrote it; use one that knows If-Match and If-None-Match"
@@ -239,10 +241,10 @@ class BucketObjects:
             except _GONE:
                 return None
             except (PermissionDeniedError, UnauthenticatedError, InvalidPathError) as error:
-                raise self._failed(what, error) from None
+                raise self.failed(what, error) from None
             except BaseError as error:
                 if not left or time.monotonic() > until:
-                    raise self._failed(what, error) from None
+                    raise self.failed(what, error) from None
         raise AssertionError("a request is sent at least once")
 
     def _put(self, name: str, content: bytes) -> None:
@@ -251,7 +253,7 @@ class BucketObjects:
             self._tried(lambda: obstore.put(self.store, name, content, use_multipart=False), what)
             is None
         ):
-            raise self._failed(what, ValueError("no such bucket"))
+            raise self.failed(what, ValueError("no such bucket"))
 
     def _remove(self, name: str) -> None:
         self._tried(lambda: obstore.delete(self.store, name), f"cannot remove {name}")
@@ -262,7 +264,8 @@ class BucketObjects:
             raise IntegrityError(f"{self.location}/{name} does not hold what was written; {MEND}")
         return rows
 
-    def _failed(self, what: str, error: Exception) -> StoreError:
+    def failed(self, what: str, error: Exception) -> StoreError:
+        """What is told of a request that failed for good."""
         reason = " ".join(str(error).split("\n\nDebug source")[0].split())
         return StoreError(
             f"{self.location}: {what}: {reason:.300}; check address, credentials and connection, then run "
@@ -344,11 +347,16 @@ class BucketArray:
         return self._objects.pool.submit(self._read, first)
 
     def _read(self, first: slice | np.ndarray) -> np.ndarray:
-        try:
-            found = self._array[first] if isinstance(first, slice) else self._array.oindex[first]
-        except BaseError as error:
-            raise self._objects._failed(f"cannot read {self._name}", error) from None
-        except (RuntimeError, IndexError) as error:
-            # What decoders say of bytes they cannot use.
-            raise ValueError(f"{self._objects.location}/{self._name}: {error}") from None
-        return np.asarray(found)
+        """Raises ValueError where what arrives cannot be decoded, again and again."""
+        for left in reversed(range(_READ_TRIES)):
+            try:
+                part = self._array[first] if isinstance(first, slice) else self._array.oindex[first]
+                return np.asarray(part)
+            except BaseError as error:
+                if not left:
+                    raise self._objects.failed(f"cannot read {self._name}", error) from None
+            except (ValueError, RuntimeError, IndexError) as error:
+                # What decoders say of bytes they cannot use; they may have suffered on the way.
+                if not left:
+                    raise ValueError(f"{self._objects.location}/{self._name}: {error}") from None
+        raise AssertionError("an array is read at least once")

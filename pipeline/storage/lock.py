@@ -67,8 +67,7 @@ class Held:
         """Give the lock back, unless it was lost."""
         self._stop.set()
         self._thread.join()
-        if not self._lost:
-            self._lock.free()
+        self._lock.free()
 
     def _beat(self) -> None:
         while not self._lost and not self._stop.wait(BEAT_S):
@@ -115,7 +114,8 @@ class _Lock(Protocol):
     def beat(self) -> bool:
         """Show that the holder lives; False if the lock is another's."""
 
-    def free(self) -> None: ...
+    def free(self) -> None:
+        """Give the lock back if it is still the holder's."""
 
 
 class _FileLock:

@@ -1,3 +1,5 @@
+import subprocess
+import sys
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +24,7 @@ from pipeline.storage import lock
 from pipeline.storage.buckets import BucketObjects
 from pipeline.storage.lock import LOCK, exclusive
 from pipeline.storage.objects import LocalObjects, objects_at
-from support import Watching, aptile, files, save_scene, textured
+from support import Watching, aptile, assert_same_bytes, files, save_scene, textured
 
 SMALL = (
     "store.tile_size_px=32",
@@ -112,6 +114,22 @@ def test_an_interrupted_job_is_completed(bucket, archive, workers, local, shards
     assert_same_objects(local, url)
 
 
+def test_a_job_that_ended_before_its_first_object_is_begun_again(
+    bucket, archive, workers, local, tmp_path
+):
+    for store in (str(tmp_path / "store"), f"{bucket}/begun"):
+        script = (
+            "import os, sys; from pipeline.storage.lock import exclusive; "
+            "from pipeline.storage.objects import objects_at\n"
+            "with exclusive(objects_at(sys.argv[1])): os.kill(os.getpid(), 9)"
+        )
+        assert subprocess.run([sys.executable, "-c", script, store]).returncode == -9
+        assert list(objects_at(store).names()) == [LOCK]
+        run(archive, store, workers)
+    assert_same_bytes(local, tmp_path / "store")
+    assert_same_objects(local, f"{bucket}/begun")
+
+
 def test_scenes_are_appended_and_cut_anew_as_in_a_folder(bucket, archive, workers, tmp_path):
     before, after = tmp_path / "before", tmp_path / "after"
     for folder, names in ((before, ("a.tif",)), (after, ("a.tif", "b.tif"))):
@@ -162,7 +180,7 @@ def test_the_command_line_takes_urls(bucket, archive, local, capsys, tmp_path):
     assert aptile("repartition", url, "--name", "t", "--tokens-per-tile", 40, "--workers", 1) == 0
     assert aptile("inspect", url, "--partition", "t", "--json") == 0
     assert '"tiles": 18' in capsys.readouterr().out
-    small = ["steps=1", "batch_tiles=2", "size.width=32", "size.depth=1", "size.heads=2"]
+    small = ["steps=1", "warmup_steps=0", "batch_tiles=2", "size=nano"]
     chosen = [f"--set={setting}" for setting in small]
     assert aptile("train", url, "--out", tmp_path / "run", *chosen) == 0
 
