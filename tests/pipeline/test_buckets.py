@@ -22,6 +22,15 @@ from pipeline.settings.loading import load_config
 from pipeline.settings.run import RunConfig
 from pipeline.storage import lock
 from pipeline.storage.buckets import BucketObjects
+from pipeline.storage.commit import (
+    APPEND,
+    COMMIT,
+    REPARTITION,
+    all_commits,
+    commit_name,
+    read_commit,
+    write_commit,
+)
 from pipeline.storage.lock import LOCK, exclusive
 from pipeline.storage.objects import LocalObjects, objects_at
 from support import Watching, aptile, assert_same_bytes, files, save_scene, textured
@@ -341,6 +350,19 @@ def test_of_holders_at_once_exactly_one_has_the_lock(bucket):
             assert sum(won) == 1
             held += 1
     print(f"{held} of {rounds} rounds of 3 holders: one had the lock, two were refused")
+
+
+def test_a_commit_made_too_late_changes_nothing(bucket, local, tmp_path):
+    first = read_commit(LocalObjects(local))
+    for place in (objects_at(str(tmp_path / "late")), objects_at(f"{bucket}/late")):
+        write_commit(place, first, None)
+        place.write(commit_name(2), b"left by a crash")
+        one, other = (first.after(kind) for kind in (REPARTITION, APPEND))
+        write_commit(place, one, first)
+        with pytest.raises(LockedError, match="committed meanwhile"):
+            write_commit(place, other, first)
+        assert list(all_commits(place)) == [first, one]
+        assert place.read(commit_name(2)) == place.read(COMMIT)
 
 
 class _Robbed(Watching):
