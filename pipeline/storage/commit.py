@@ -120,7 +120,8 @@ def write_commit(objects: Objects, commit: Commit, before: Commit | None) -> Non
     left = _content(objects, name)
     if _content(objects, COMMIT) != seen:
         raise LockedError(
-            f"{objects.location}: another process committed meanwhile; run the same command again"
+            f"{objects.location}/{COMMIT} was written by another process meanwhile; run the same command "
+            "again"
         )
     objects.swap(name, content, left)
     objects.swap(COMMIT, content, seen)

@@ -359,7 +359,7 @@ def test_a_commit_made_too_late_changes_nothing(bucket, local, tmp_path):
         place.write(commit_name(2), b"left by a crash")
         one, other = (first.after(kind) for kind in (REPARTITION, APPEND))
         write_commit(place, one, first)
-        with pytest.raises(LockedError, match="committed meanwhile"):
+        with pytest.raises(LockedError, match="COMMIT.json was written by another"):
             write_commit(place, other, first)
         assert list(all_commits(place)) == [first, one]
         assert place.read(commit_name(2)) == place.read(COMMIT)
