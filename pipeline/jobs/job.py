@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.errors import ArchiveError, LockedError, StoreError
-from pipeline.jobs.cluster import Observer, run_tasks
+from pipeline.jobs.engine import run_tasks
 from pipeline.jobs.manifest import (
     ModalityOutcome,
     encode_manifest,
@@ -22,7 +22,9 @@ from pipeline.jobs.manifest import (
     present_frames,
 )
 from pipeline.jobs.merging import merged_manifest
+from pipeline.jobs.observer import Observer
 from pipeline.jobs.prepare import begin_ledger, new_header, write_metadata
+from pipeline.jobs.quarantine import QuarantineLimit
 from pipeline.jobs.resume import (
     State,
     check_apart,
@@ -291,16 +293,25 @@ def _complete(batch: _Batch, observer: Observer) -> JobReport:
     }
     todo = [shard for shard in plan.shards if shard not in ledger.shards]
     observer.planned(len(plan.tiles), sum(len(plan.tile_range(shard)) for shard in ledger.shards))
+    run = batch.job.config.run
+    limit = QuarantineLimit(
+        objects.location, run.max_quarantine, batch.job.num_inputs, ledger.quarantined()
+    )
     if todo:
         tasks = (
             shard_task(plan, shard, absolute(objects), batch.job.access, ranges) for shard in todo
         )
-        for row in run_tasks(
-            process_shard, tasks, len(todo), batch.job.config.run, objects.location
-        ):
-            batch.lock.check()
-            ledger.append(objects, [row])
-            observer.shard_done(len(plan.tile_range(row["shard"])))
+        results = run_tasks(
+            process_shard, tasks, len(todo), run, objects.location, observer, batch.job.access.roots
+        )
+        with contextlib.closing(results) as batches:
+            for rows in batches:
+                batch.lock.check()
+                ledger.append(objects, rows)
+                for row in rows:
+                    observer.shard_done(len(plan.tile_range(row["shard"])))
+                limit.add(rows)
+                observer.quarantined(len(limit.reasons))
     commit = _commit(batch)
     notes = (*batch.job.notes, *batch.job.facts.notes)
     return _report(objects.location, batch.history, commit, len(todo), notes)

@@ -109,6 +109,12 @@ class BucketObjects:
     def size(self, name: str) -> int | None:
         return self.sizes([name]).get(name)
 
+    def modified(self, name: str) -> float:
+        head = self._tried(lambda: obstore.head(self.store, name), f"cannot look at {name}")
+        if head is None:
+            raise FileNotFoundError(f"{self.location}/{name}")
+        return head["last_modified"].timestamp()
+
     def sizes(self, names: Collection[str]) -> dict[str, int]:
         groups: dict[str, list[str]] = {}
         for name in names:

@@ -31,6 +31,9 @@ class Objects(Protocol):
     def names(self, below: str = "") -> Iterator[str]:
         """Names of all objects below a folder, in no order; leftovers of killed writers left out."""
 
+    def modified(self, name: str) -> float:
+        """Seconds since 1970 when an object was written; FileNotFoundError if there is none."""
+
     def sizes(self, names: Collection[str]) -> dict[str, int]:
         """Bytes of many objects by name, looked at beside each other; those that are not there left out."""
 
@@ -102,6 +105,9 @@ class LocalObjects:
             inside = Path(folder).relative_to(self.folder).as_posix()
             prefix = "" if inside == "." else f"{inside}/"
             yield from (f"{prefix}{file}" for file in files if not file.endswith(PARTIAL_SUFFIX))
+
+    def modified(self, name: str) -> float:
+        return (self.folder / name).stat().st_mtime
 
     def sizes(self, names: Collection[str]) -> dict[str, int]:
         return {name: size for name in names if (size := self.size(name)) is not None}

@@ -189,6 +189,8 @@ def test_the_command_line_takes_urls(bucket, archive, local, capsys, tmp_path):
     assert aptile("repartition", url, "--name", "t", "--tokens-per-tile", 40, "--workers", 1) == 0
     assert aptile("inspect", url, "--partition", "t", "--json") == 0
     assert '"tiles": 18' in capsys.readouterr().out
+    assert aptile("log", url) == 0
+    assert "repartition" in capsys.readouterr().out
     small = ["steps=1", "warmup_steps=0", "batch_tiles=2", "size=nano"]
     chosen = [f"--set={setting}" for setting in small]
     assert aptile("train", url, "--out", tmp_path / "run", *chosen) == 0
