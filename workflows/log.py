@@ -8,6 +8,7 @@ from cyclopts import Parameter
 from pipeline.errors import EXIT_OK, StoreError
 from pipeline.storage.commit import Commit, all_commits, commit_name
 from pipeline.storage.objects import Objects, objects_at
+from workflows.locations import StoreLocation
 from workflows.terminal import console, plain_table, print_json
 
 

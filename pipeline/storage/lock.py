@@ -31,6 +31,8 @@ BEAT_S = 2.0
 STALE_S = 30.0
 # A holder whose beats fail goes on for half of `STALE_S`, and then tries so long before it gives up.
 PATIENCE_S = 120.0
+# What cannot be read when a lock is given back is asked for again so often.
+_FREE_TRIES = 3
 
 
 class Held:
@@ -240,14 +242,21 @@ class _ObjectLock:
 
     def free(self) -> None:
         # Out of reach, or another's: it goes stale by itself.
-        with contextlib.suppress(StoreError):
-            found = self._read() or b""
-            if self._is_own(found):
-                self._objects.swap(LOCK, b"", found)
+        for _ in range(_FREE_TRIES):
+            with contextlib.suppress(StoreError):
+                found = self._read() or b""
+                if self._is_own(found):
+                    self._objects.swap(LOCK, b"", found)
+                return
 
     def _is_own(self, content: bytes) -> bool:
+        """Whether this holder wrote it. StoreError where it cannot be read: it may have arrived in part."""
         holder = _parsed(content)
-        return holder is not None and holder["token"] == self._token
+        if holder is not None and holder["token"] is None:
+            raise StoreError(
+                f"{self.location}/{LOCK} holds {len(content)} bytes that name no holder"
+            )
+        return holder is not None and bool(holder["token"] == self._token)
 
     def _read(self) -> bytes | None:
         try:

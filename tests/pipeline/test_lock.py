@@ -37,6 +37,7 @@ with lock.exclusive(objects_at(sys.argv[1])) as held:
             print(error, flush=True)
 """
 ELSEWHERE = {"pid": 7, "host": "elsewhere", "kernel": "another", "processes": "", "started": 1.0}
+ELSEWHERE |= {"token": "another"}
 
 
 @pytest.fixture(scope="module")
