@@ -276,8 +276,7 @@ class Store:
 
         A lost object would read as fill value; so every shard is looked at once before use.
         """
-        for shard in np.unique(shards).tolist():
-            self._check_objects(("", "", shard), self.history.shards)
+        self._check_objects("", "", shards, self.history.shards)
 
     def _check_partition_shards(self, modality: str, name: str, shards: np.ndarray) -> None:
         key = (modality, name)
@@ -289,20 +288,26 @@ class Store:
                 f"{self.location}: partition {name!r} of {modality} was made before {len(missing)} shards "
                 "were appended; run its `aptile repartition` command again to complete it"
             )
-        for shard in np.unique(shards).tolist():
-            self._check_objects((*key, shard), self._partition_shards[key])
+        self._check_objects(*key, shards, self._partition_shards[key])
 
-    def _check_objects(self, key: tuple[str, str, int], rows: dict[int, dict[str, Any]]) -> None:
-        if key in self._checked_shards:
-            return
-        for name, written in rows[key[2]]["objects"].items():
-            size = self.objects.size(name)
-            if size != written["bytes"]:
+    def _check_objects(
+        self, modality: str, name: str, shards: np.ndarray, rows: dict[int, dict[str, Any]]
+    ) -> None:
+        keys = {(modality, name, shard) for shard in shards.tolist()} - self._checked_shards
+        written = {
+            path: entry["bytes"]
+            for key in sorted(keys)
+            for path, entry in rows[key[2]]["objects"].items()
+        }
+        sizes = self.objects.sizes(written)
+        for path, expected in written.items():
+            size = sizes.get(path)
+            if size != expected:
                 raise IntegrityError(
-                    f"{self.location}/{name} is {'missing' if size is None else f'{size} bytes long'}; the "
-                    f"ledger says {written['bytes']} bytes: {MEND}"
+                    f"{self.location}/{path} is {'missing' if size is None else f'{size} bytes long'}; the "
+                    f"ledger says {expected} bytes: {MEND}"
                 )
-        self._checked_shards.add(key)
+        self._checked_shards |= keys
 
     def _read(self, name: str, frames: np.ndarray) -> np.ndarray:
         return values(self._arrays.pending(name, frames))

@@ -12,13 +12,15 @@ from pipeline.planning.explain import explain, in_words
 from pipeline.planning.inputs import Job, plan_job
 from pipeline.settings.config import PreprocessConfig
 from pipeline.settings.loading import load_config
+from pipeline.storage.objects import Location
+from workflows.locations import StoreLocation
 from workflows.progress import Effort, JobProgress
 from workflows.terminal import note, print_json
 
 
 def preprocess(
     source: str,
-    store: Path,
+    store: StoreLocation,
     *,
     config: Path | None = None,
     preset: str | None = None,
@@ -41,7 +43,7 @@ def preprocess(
     source
         Folder of scenes, a quoted glob, a Zarr or netCDF dataset, a STAC catalogue or a URL.
     store
-        Path of the store to make or complete.
+        The store to make or complete: a path, or a URL (s3://, gs://, az://).
     config
         YAML file with any of the settings.
     preset
@@ -90,7 +92,7 @@ def preprocess(
 
 def preprocess_archive(
     source: str,
-    store: Path,
+    store: Location,
     settings: PreprocessConfig,
     append: bool = False,
     retry_quarantined: bool = False,

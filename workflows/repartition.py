@@ -1,6 +1,5 @@
 """`aptile repartition`: another partition of a store, from its score maps."""
 
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
@@ -12,12 +11,13 @@ from pipeline.rules import FurtherRule, rule_in_words
 from pipeline.settings.canonical import plain
 from pipeline.settings.loading import validated
 from pipeline.settings.run import RunConfig
+from workflows.locations import StoreLocation
 from workflows.progress import JobProgress
 from workflows.terminal import note, print_json
 
 
 def repartition(
-    store: Path,
+    store: StoreLocation,
     *,
     name: str,
     modality: str | None = None,
@@ -39,7 +39,7 @@ def repartition(
     Parameters
     ----------
     store
-        A store made by `aptile preprocess`.
+        A store made by `aptile preprocess`: a path, or a URL (s3://, gs://, az://).
     name
         Name of the new partition, for example tokens-64.
     modality

@@ -153,11 +153,14 @@ def _begin(
 ) -> JobReport:
     """Make a new store; nothing is left of one that could not be begun, or has no tile."""
     check_free(store)
-    with _nothing_left(objects) as keep, exclusive(objects) as lock:
+    made = _missing_folders(objects)
+    with exclusive(objects) as lock, _nothing_left(objects, made) as keep:
         state = State.read(objects)
         if state.header is not None:
-            keep()
-            raise StoreError(f"{store} was made by another process just now; run the command again")
+            raise LockedError(
+                f"{store} was made by another process just now; run the command again"
+            )
+        check_free(store, begun=False)
         job = plan_job(archive, config)
         check_apart(store, job)
         header, ledger = new_header(job), begin_ledger(job, 1)
@@ -180,12 +183,16 @@ def _begin(
         return report
 
 
+def _missing_folders(objects: Objects) -> list[Path]:
+    """Folders that come into being with a store, the innermost first."""
+    if not isinstance(objects, LocalObjects):
+        return []
+    return [f for f in (objects.folder, *objects.folder.parents) if not f.exists()]
+
+
 @contextlib.contextmanager
-def _nothing_left(objects: Objects) -> Iterator[Any]:
+def _nothing_left(objects: Objects, made: list[Path]) -> Iterator[Any]:
     """Removes what was made inside if that fails, until the function it yields is called."""
-    made: list[Path] = []
-    if isinstance(objects, LocalObjects):
-        made = [f for f in (objects.folder, *objects.folder.parents) if not f.exists()]
     kept: list[bool] = []
     try:
         yield lambda: kept.append(True)

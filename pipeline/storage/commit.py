@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from pipeline.errors import IntegrityError, StoreError
+from pipeline.errors import IntegrityError, LockedError, StoreError
 from pipeline.settings.canonical import canonical_json, plain
 from pipeline.storage.objects import Objects, entry
 
@@ -110,10 +110,28 @@ def read_commit(objects: Objects, number: int | None = None) -> Commit | None:
 
 
 def write_commit(objects: Objects, commit: Commit, before: Commit | None) -> None:
-    """Make a commit visible to readers, in one atomic step; everything it names is durable already."""
-    content = commit.encode()
-    objects.write(commit_name(commit.number), content)
-    objects.swap(COMMIT, content, None if before is None else before.encode())
+    """Make a commit visible to readers, in one atomic step; everything it names is durable already.
+
+    Raises LockedError, and changes nothing, where another process made a commit since `before`.
+    """
+    content, seen = commit.encode(), None if before is None else before.encode()
+    name = commit_name(commit.number)
+    # What a crash left under the number is replaced, but not what another process commits meanwhile.
+    left = _content(objects, name)
+    if _content(objects, COMMIT) != seen:
+        raise LockedError(
+            f"{objects.location}/{COMMIT} was written by another process meanwhile; run the same command "
+            "again"
+        )
+    objects.swap(name, content, left)
+    objects.swap(COMMIT, content, seen)
+
+
+def _content(objects: Objects, name: str) -> bytes | None:
+    try:
+        return objects.read(name)
+    except FileNotFoundError:
+        return None
 
 
 def all_commits(objects: Objects) -> Iterator[Commit]:

@@ -7,13 +7,12 @@ replaced on the condition that nobody else did, and rows are added to a log one 
 import hashlib
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 from pipeline.errors import LockedError, StoreError
-from pipeline.locations import is_url
 
 PARTIAL_SUFFIX = ".partial"
 Location = str | Path
@@ -36,6 +35,9 @@ class Objects(Protocol):
 
     def modified(self, name: str) -> float:
         """Seconds since 1970 when an object was written; FileNotFoundError if there is none."""
+
+    def sizes(self, names: Collection[str]) -> dict[str, int]:
+        """Bytes of many objects by name, looked at beside each other; those that are not there left out."""
 
     def write(self, name: str, content: bytes) -> dict[str, Any]:
         """Write a whole object durably and atomically; its `bytes` and `sha256`.
@@ -73,11 +75,10 @@ class Objects(Protocol):
 
 def objects_at(location: Location) -> Objects:
     """The objects of a store at a local path or URL."""
-    text = str(location)
-    if isinstance(location, str) and is_url(text):
+    if isinstance(location, str) and "://" in location:
         from pipeline.storage.buckets import BucketObjects  # obstore is an extra
 
-        return BucketObjects(text)
+        return BucketObjects(location)
     return LocalObjects(Path(location))
 
 
@@ -115,6 +116,9 @@ class LocalObjects:
 
     def modified(self, name: str) -> float:
         return (self.folder / name).stat().st_mtime
+
+    def sizes(self, names: Collection[str]) -> dict[str, int]:
+        return {name: size for name in names if (size := self.size(name)) is not None}
 
     def write(self, name: str, content: bytes) -> dict[str, Any]:
         return self.write_all({name: [content]})[name]
