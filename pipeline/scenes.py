@@ -3,8 +3,11 @@
 Pure data: nothing here opens a file. Pixels are read later, by window (`pipeline.readers`).
 """
 
-from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from functools import cache
+from operator import attrgetter
+from typing import Any, Literal, NamedTuple
 
 Transform = tuple[float, float, float, float, float, float]
 
@@ -18,8 +21,22 @@ class Window(NamedTuple):
     width: int
 
 
+class _Compact:
+    """Is pickled as its fields' values: scenes travel with every task, by the dozen."""
+
+    __slots__ = ()
+
+    def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
+        return type(self), _values_of(type(self))(self)
+
+
+@cache
+def _values_of(kind: type) -> Callable[[Any], tuple[Any, ...]]:
+    return attrgetter(*(f.name for f in fields(kind)))
+
+
 @dataclass(frozen=True, slots=True)
-class Grid:
+class Grid(_Compact):
     """Where pixels lie. `transform` holds the affine coefficients (a, b, c, d, e, f) of
     x = a col + b row + c, y = d col + e row + f.
 
@@ -45,7 +62,7 @@ class Grid:
 
 
 @dataclass(frozen=True, slots=True)
-class Plane:
+class Plane(_Compact):
     """One band inside an asset.
 
     `key` is the band's 0-based number in a raster file, or the path of an array below its store, with the
@@ -61,7 +78,7 @@ class Plane:
 
 
 @dataclass(frozen=True, slots=True)
-class Asset:
+class Asset(_Compact):
     """Bands of one scene that lie in one file (or variable group) on one grid with one type.
 
     `href` is an absolute path or a URL. `select` fixes further dimensions of an array, such as
@@ -92,7 +109,7 @@ class Asset:
 
 
 @dataclass(frozen=True, slots=True)
-class Scene:
+class Scene(_Compact):
     """One acquisition of one modality; `assets` hold each of its bands once.
 
     `datetime` is ISO 8601 in UTC ("2017-09-18T00:00:00Z"), None where nothing states it. `place` names
