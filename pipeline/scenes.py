@@ -3,10 +3,7 @@
 Pure data: nothing here opens a file. Pixels are read later, by window (`pipeline.readers`).
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, fields
-from functools import cache
-from operator import attrgetter
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 Transform = tuple[float, float, float, float, float, float]
@@ -27,12 +24,8 @@ class _Compact:
     __slots__ = ()
 
     def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
-        return type(self), _values_of(type(self))(self)
-
-
-@cache
-def _values_of(kind: type) -> Callable[[Any], tuple[Any, ...]]:
-    return attrgetter(*(f.name for f in fields(kind)))
+        # The slots of a dataclass are its fields, in order.
+        return type(self), tuple(map(self.__getattribute__, self.__slots__))
 
 
 @dataclass(frozen=True, slots=True)
