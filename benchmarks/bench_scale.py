@@ -186,7 +186,7 @@ def _row(what: str, step: str, tiles: int, seconds: float, limit: float | None =
 def _loop(plan: Plan, where: str) -> list[Row]:
     """Every shard of a plan through the engine and into a ledger; what each step took."""
     watch, memory = Stopwatch(), []
-    marks = {-(-plan.num_shards * percent // 100) for percent in (10, 50, 100)}
+    marks = [-(-plan.num_shards * percent // 100) for percent in (10, 50, 100)]
     with tempfile.TemporaryDirectory() as folder, _run(where) as run:
         objects = LocalObjects(Path(folder))
         ledger = Ledger({"batch": 1, "first_shard": 0, "num_shards": plan.num_shards})
@@ -199,8 +199,9 @@ def _loop(plan: Plan, where: str) -> list[Row]:
         for batch in in_loop(tasks, plan.num_shards, run):
             with watch.of("ledger"):
                 ledger.append(objects, batch)
-            memory += [resident_mib() for _ in batch if len(ledger.shards) in marks]
-            marks -= {len(ledger.shards)}
+            while marks and len(ledger.shards) >= marks[0]:
+                memory.append(resident_mib())
+                marks.pop(0)
         total, busy = time.perf_counter() - begin, time.process_time() - busy
         with watch.of("canonical"):
             ledger.canonical()
