@@ -4,7 +4,7 @@ Pure data: nothing here opens a file. Pixels are read later, by window (`pipelin
 """
 
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 Transform = tuple[float, float, float, float, float, float]
 
@@ -18,8 +18,18 @@ class Window(NamedTuple):
     width: int
 
 
+class _Compact:
+    """Is pickled as its fields' values: scenes travel with every task, by the dozen."""
+
+    __slots__ = ()
+
+    def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
+        # The slots of a dataclass are its fields, in order.
+        return type(self), tuple(map(self.__getattribute__, self.__slots__))
+
+
 @dataclass(frozen=True, slots=True)
-class Grid:
+class Grid(_Compact):
     """Where pixels lie. `transform` holds the affine coefficients (a, b, c, d, e, f) of
     x = a col + b row + c, y = d col + e row + f.
 
@@ -45,7 +55,7 @@ class Grid:
 
 
 @dataclass(frozen=True, slots=True)
-class Plane:
+class Plane(_Compact):
     """One band inside an asset.
 
     `key` is the band's 0-based number in a raster file, or the path of an array below its store, with the
@@ -61,7 +71,7 @@ class Plane:
 
 
 @dataclass(frozen=True, slots=True)
-class Asset:
+class Asset(_Compact):
     """Bands of one scene that lie in one file (or variable group) on one grid with one type.
 
     `href` is an absolute path or a URL. `select` fixes further dimensions of an array, such as
@@ -92,7 +102,7 @@ class Asset:
 
 
 @dataclass(frozen=True, slots=True)
-class Scene:
+class Scene(_Compact):
     """One acquisition of one modality; `assets` hold each of its bands once.
 
     `datetime` is ISO 8601 in UTC ("2017-09-18T00:00:00Z"), None where nothing states it. `place` names

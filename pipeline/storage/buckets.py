@@ -145,9 +145,8 @@ class BucketObjects:
         return written
 
     def write_all(self, contents: Contents) -> dict[str, dict[str, Any]]:
-        with ThreadPoolExecutor(_READERS) as pool:
-            joined = (b"".join(pieces) for pieces in contents.values())
-            return dict(zip(contents, pool.map(self.write, contents, joined), strict=True))
+        joined = (b"".join(pieces) for pieces in contents.values())
+        return dict(zip(contents, self.pool.map(self.write, contents, joined), strict=True))
 
     def swap(self, name: str, content: bytes, seen: bytes | None) -> None:
         failure: Exception | None = None
