@@ -27,6 +27,7 @@ from common import arguments, report
 from pipeline.jobs.clients import client_of
 from pipeline.jobs.job import run_job
 from pipeline.jobs.measures import MEASURES, Measures
+from pipeline.jobs.observer import Observer
 from pipeline.jobs.shard import ShardTask, process_shard, shard_task, strips
 from pipeline.planning.inputs import Job, plan_job
 from pipeline.planning.memory import worker_bytes
@@ -41,16 +42,6 @@ BANDS = 12
 THREE = "scoring.bands=[band_2, band_3, band_4]"
 FIXED = "partition.thresholds=[3.0, 4.0]"
 MIB = 2**20
-
-
-class Silent:
-    """An observer that does not listen."""
-
-    def planned(self, num_tiles: int, done_tiles: int) -> None:
-        del num_tiles, done_tiles
-
-    def shard_done(self, tiles: int) -> None:
-        del tiles
 
 
 def landscape(side: int, rng: np.random.Generator) -> np.ndarray:
@@ -145,7 +136,7 @@ def against_copy(archive: Path, folder: Path, repeats: int, *shared: str) -> lis
 
     def job(*overrides: str, workers: int = 2) -> Callable[[Path], object]:
         config = settings(*shared, *overrides, workers=workers)
-        return lambda store: run_job(str(archive), store, config, Silent())
+        return lambda store: run_job(str(archive), store, config, Observer())
 
     ways = {
         "copy, 2 workers": copy(write=True),

@@ -20,6 +20,7 @@ from common import arguments, best_seconds, report
 from pipeline.cut import leaves, splits_by_budget, splits_by_thresholds
 from pipeline.grid import BaseGrid
 from pipeline.jobs.job import run_job
+from pipeline.jobs.observer import Observer
 from pipeline.jobs.repartition import repartition
 from pipeline.nodes import node_scores
 from pipeline.rules import FurtherRule
@@ -28,16 +29,6 @@ from pipeline.settings.loading import load_config
 from pipeline.settings.run import RunConfig
 
 TILE_PX, CELLS = 64, 16
-
-
-class Silent:
-    """An observer that does not listen."""
-
-    def planned(self, num_tiles: int, done_tiles: int) -> None:
-        del num_tiles, done_tiles
-
-    def shard_done(self, tiles: int) -> None:
-        del tiles
 
 
 def score_pyramid(frames: int, cells: int, levels: int) -> list[np.ndarray]:
@@ -85,7 +76,7 @@ def stores(quick: bool) -> list[dict[str, object]]:
         write_scene(Path(folder) / "scenes" / "scene.tif", side * TILE_PX)
         settings = [f"store.tile_size_px={TILE_PX}", "modality.value_range=[0, 255]"]
         config = load_config(PreprocessConfig, None, settings)
-        run_job(str(Path(folder) / "scenes"), store, config, Silent())
+        run_job(str(Path(folder) / "scenes"), store, config, Observer())
         rules = {
             "thresholds": FurtherRule(thresholds=(2.0, 3.0)),
             "tokens-per-tile": FurtherRule(tokens_per_tile=64),
@@ -95,7 +86,7 @@ def stores(quick: bool) -> list[dict[str, object]]:
         rows = []
         for name, rule in rules.items():
             begin = time.perf_counter()
-            repartition(store, name, rule, RunConfig(workers=1), Silent())
+            repartition(store, name, rule, RunConfig(workers=1), Observer())
             seconds = time.perf_counter() - begin
             scaled = seconds * 20_000 / side**2
             row = rate(f"repartition by {name}, one process", side**2 * CELLS**2, seconds)

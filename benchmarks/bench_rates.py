@@ -31,6 +31,7 @@ from rasterio.errors import RasterioError
 sys.path.insert(0, str(Path(__file__).parent))
 from common import arguments, report
 from pipeline.jobs.job import run_job
+from pipeline.jobs.observer import Observer
 from pipeline.locations import as_root
 from pipeline.readers.rasters import open_raster
 from pipeline.scenes import Access
@@ -106,14 +107,6 @@ def core_seconds() -> float:
     return sum(usage.ru_utime + usage.ru_stime for usage in spent)
 
 
-class Silent:
-    """An observer that says nothing."""
-
-    def planned(self, num_tiles: int, done_tiles: int) -> None: ...
-
-    def shard_done(self, tiles: int) -> None: ...
-
-
 def job_seconds(scene: Path, copies: int, folder: Path) -> float:
     """Core seconds of a whole job of one worker over so many copies of a scene."""
     archive, store = folder / "archive", folder / "store"
@@ -128,7 +121,7 @@ def job_seconds(scene: Path, copies: int, folder: Path) -> float:
         "run": {"workers": 1, "jpeg2000": True},
     }
     begin = core_seconds()
-    run_job(str(archive), store, PreprocessConfig.model_validate(content), Silent())
+    run_job(str(archive), store, PreprocessConfig.model_validate(content), Observer())
     seconds = core_seconds() - begin
     shutil.rmtree(archive)
     shutil.rmtree(store)

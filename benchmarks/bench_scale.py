@@ -29,8 +29,9 @@ from distributed import LocalCluster
 sys.path.insert(0, str(Path(__file__).parent))
 from common import arguments, best_seconds, report
 from pipeline.jobs import job as jobs
-from pipeline.jobs.cluster import run_tasks
+from pipeline.jobs.engine import run_tasks
 from pipeline.jobs.manifest import ModalityOutcome, encode_manifest, manifest_table
+from pipeline.jobs.observer import Observer
 from pipeline.jobs.prepare import place_rows
 from pipeline.jobs.shard import ShardTask, shard_task
 from pipeline.planning.plan import Plan, make_plan
@@ -128,8 +129,7 @@ def in_loop(
     # By its module's name, as a real task function travels; that of a script would travel by value.
     from bench_scale import no_op as function
 
-    for row in run_tasks(function, tasks, num_tasks, run, "paper"):
-        yield [row]
+    yield from run_tasks(function, tasks, num_tasks, run, ".", Observer())
 
 
 def resident_mib() -> float:
@@ -263,13 +263,6 @@ def _manifest(plan: Plan) -> list[Row]:
     return rows
 
 
-class Silent:
-    """An observer of a job that nobody looks at."""
-
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        return lambda *_: None
-
-
 def finished(num_shards: int) -> list[Row]:
     """What a finished store of many shards costs whoever runs its command again, or opens it."""
     with tempfile.TemporaryDirectory() as folder:
@@ -288,7 +281,7 @@ def finished(num_shards: int) -> list[Row]:
         rows = [_row(what, step, tiles, seconds) for step, seconds in watch.seconds.items()]
 
         def again() -> None:
-            assert jobs.run_job(str(archive), store, config, Silent()).shards_written == 0
+            assert jobs.run_job(str(archive), store, config, Observer()).shards_written == 0
 
         rows.append(_row(what, "run_job again", tiles, _shortest(again), LIMIT_RERUN_S))
         rows.append(_row(what, "open_store", tiles, _shortest(lambda: open_store(store))))
@@ -316,7 +309,7 @@ def _make(archive: Path, store: Path, config: PreprocessConfig) -> None:
 
     real, jobs.process_shard = jobs.process_shard, function
     try:
-        jobs.run_job(str(archive), store, config, Silent())
+        jobs.run_job(str(archive), store, config, Observer())
     finally:
         jobs.process_shard = real
 

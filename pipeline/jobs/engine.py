@@ -16,6 +16,7 @@ from typing import Any, Generic, TypeVar
 
 import dask.config
 from distributed import Client, Future, as_completed, get_worker, performance_report
+from distributed.protocol import pickle
 from distributed.scheduler import KilledWorker
 
 from pipeline.errors import ConfigError, StoreError
@@ -94,13 +95,14 @@ def work(
     function: Callable[[TaskT], dict[str, Any]],
     limit_s: float | None,
     paths: tuple[str, ...],
-    task: TaskT,
+    packed: bytes,
 ) -> dict[str, Any]:
-    """What a worker does: one task, and no longer than the limit, where its death harms nobody else.
+    """What a worker does: one packed task, and no longer than the limit where its death harms nobody else.
 
     Raises StoreError in a worker that joined late and does not see the paths.
     """
     require_seen(paths)
+    task: TaskT = pickle.loads(packed)
     worker = get_worker()
     if worker.nanny is None or worker.state.nthreads > 1:
         return function(task)
@@ -161,7 +163,9 @@ class _Run(Generic[TaskT]):
         if batch:
             number = len(batch)
             same = ([part] * number for part in (self._function, self._limit_s, self._paths))
-            futures = self._client.map(work, *same, batch, pure=False)
+            # As bytes: the scheduler would take every task apart and pack it again.
+            packed = [pickle.dumps(task) for task in batch]
+            futures = self._client.map(work, *same, packed, pure=False)
             self._task_of.update(zip(futures, batch, strict=True))
             self._running.update(futures)
 
