@@ -23,11 +23,10 @@ from affine import Affine
 from rasterio.windows import Window
 
 sys.path.insert(0, str(Path(__file__).parent))
-from common import arguments, report
+from common import Silent, arguments, report
 from pipeline.jobs.clients import client_of
 from pipeline.jobs.job import run_job
 from pipeline.jobs.measures import MEASURES, Measures
-from pipeline.jobs.observer import Observer
 from pipeline.jobs.shard import ShardTask, process_shard, shard_task, strips
 from pipeline.planning.inputs import Job, plan_job
 from pipeline.planning.memory import worker_bytes
@@ -136,7 +135,7 @@ def against_copy(archive: Path, folder: Path, repeats: int, *shared: str) -> lis
 
     def job(*overrides: str, workers: int = 2) -> Callable[[Path], object]:
         config = settings(*shared, *overrides, workers=workers)
-        return lambda store: run_job(str(archive), store, config, Observer())
+        return lambda store: run_job(str(archive), store, config, Silent())
 
     ways = {
         "copy, 2 workers": copy(write=True),

@@ -16,11 +16,10 @@ import rasterio
 from affine import Affine
 
 sys.path.insert(0, str(Path(__file__).parent))
-from common import arguments, best_seconds, report
+from common import Silent, arguments, best_seconds, report
 from pipeline.cut import leaves, splits_by_budget, splits_by_thresholds
 from pipeline.grid import BaseGrid
 from pipeline.jobs.job import run_job
-from pipeline.jobs.observer import Observer
 from pipeline.jobs.repartition import repartition
 from pipeline.nodes import node_scores
 from pipeline.rules import FurtherRule
@@ -76,7 +75,7 @@ def stores(quick: bool) -> list[dict[str, object]]:
         write_scene(Path(folder) / "scenes" / "scene.tif", side * TILE_PX)
         settings = [f"store.tile_size_px={TILE_PX}", "modality.value_range=[0, 255]"]
         config = load_config(PreprocessConfig, None, settings)
-        run_job(str(Path(folder) / "scenes"), store, config, Observer())
+        run_job(str(Path(folder) / "scenes"), store, config, Silent())
         rules = {
             "thresholds": FurtherRule(thresholds=(2.0, 3.0)),
             "tokens-per-tile": FurtherRule(tokens_per_tile=64),
@@ -86,7 +85,7 @@ def stores(quick: bool) -> list[dict[str, object]]:
         rows = []
         for name, rule in rules.items():
             begin = time.perf_counter()
-            repartition(store, name, rule, RunConfig(workers=1), Observer())
+            repartition(store, name, rule, RunConfig(workers=1), Silent())
             seconds = time.perf_counter() - begin
             scaled = seconds * 20_000 / side**2
             row = rate(f"repartition by {name}, one process", side**2 * CELLS**2, seconds)

@@ -29,9 +29,8 @@ from affine import Affine
 from rasterio.errors import RasterioError
 
 sys.path.insert(0, str(Path(__file__).parent))
-from common import arguments, report
+from common import Silent, arguments, report
 from pipeline.jobs.job import run_job
-from pipeline.jobs.observer import Observer
 from pipeline.locations import as_root
 from pipeline.readers.rasters import open_raster
 from pipeline.scenes import Access
@@ -121,7 +120,7 @@ def job_seconds(scene: Path, copies: int, folder: Path) -> float:
         "run": {"workers": 1, "jpeg2000": True},
     }
     begin = core_seconds()
-    run_job(str(archive), store, PreprocessConfig.model_validate(content), Observer())
+    run_job(str(archive), store, PreprocessConfig.model_validate(content), Silent())
     seconds = core_seconds() - begin
     shutil.rmtree(archive)
     shutil.rmtree(store)

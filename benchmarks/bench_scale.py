@@ -27,11 +27,10 @@ from affine import Affine
 from distributed import LocalCluster
 
 sys.path.insert(0, str(Path(__file__).parent))
-from common import arguments, best_seconds, report
+from common import Silent, arguments, best_seconds, report
 from pipeline.jobs import job as jobs
 from pipeline.jobs.engine import run_tasks
 from pipeline.jobs.manifest import ModalityOutcome, encode_manifest, manifest_table
-from pipeline.jobs.observer import Observer
 from pipeline.jobs.prepare import place_rows
 from pipeline.jobs.shard import ShardTask, shard_task
 from pipeline.planning.plan import Plan, make_plan
@@ -129,7 +128,7 @@ def in_loop(
     # By its module's name, as a real task function travels; that of a script would travel by value.
     from bench_scale import no_op as function
 
-    yield from run_tasks(function, tasks, num_tasks, run, ".", Observer())
+    yield from run_tasks(function, tasks, num_tasks, run, ".", Silent())
 
 
 def resident_mib() -> float:
@@ -281,7 +280,7 @@ def finished(num_shards: int) -> list[Row]:
         rows = [_row(what, step, tiles, seconds) for step, seconds in watch.seconds.items()]
 
         def again() -> None:
-            assert jobs.run_job(str(archive), store, config, Observer()).shards_written == 0
+            assert jobs.run_job(str(archive), store, config, Silent()).shards_written == 0
 
         rows.append(_row(what, "run_job again", tiles, _shortest(again), LIMIT_RERUN_S))
         rows.append(_row(what, "open_store", tiles, _shortest(lambda: open_store(store))))
@@ -309,7 +308,7 @@ def _make(archive: Path, store: Path, config: PreprocessConfig) -> None:
 
     real, jobs.process_shard = jobs.process_shard, function
     try:
-        jobs.run_job(str(archive), store, config, Observer())
+        jobs.run_job(str(archive), store, config, Silent())
     finally:
         jobs.process_shard = real
 
