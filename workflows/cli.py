@@ -36,6 +36,7 @@ for _command, _help in (
     ("preprocess", "Score, partition and store every tile of an archive."),
     ("inspect", "Show token counts of a store, and pictures of its tiles."),
     ("repartition", "Cut the tiles of a store by another rule, from its score maps."),
+    ("verify", "Compare a store with what was committed, and say how damage is mended."),
     ("train", "Train an APT encoder on the tiles of a store."),
     ("demo", "Try all of it on a real Sentinel-2 chip."),
 ):

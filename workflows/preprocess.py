@@ -11,7 +11,13 @@ from pipeline.planning.explain import explain, in_words
 from pipeline.planning.inputs import Job, plan_job
 from pipeline.settings.config import PreprocessConfig
 from pipeline.settings.loading import load_config
-from workflows.terminal import ShardProgress, note, print_json, progress_bar
+from workflows.terminal import (
+    ShardProgress,
+    note,
+    print_json,
+    progress_bar,
+    repaired_in_words,
+)
 
 
 def preprocess(
@@ -86,9 +92,14 @@ def preprocess_archive(source: str, store: Path, settings: PreprocessConfig) -> 
         f" + {len(report.skipped)} skipped; {report.tiles} tiles in {report.shards} shards"
         + (f"; {left_out[0]} tiles and {left_out[1]} frames left out" if any(left_out) else "")
         + (f"; splits {_counts(report.splits)}" if report.splits else "")
-        + ("; complete already, nothing to do" if report.shards_written == 0 else "")
+        + (f"; {repaired_in_words(*report.repaired)}" if any(report.repaired) else "")
+        + ("; complete already, nothing to do" if _left_alone(report) else "")
     )
     return report
+
+
+def _left_alone(report: JobReport) -> bool:
+    return report.shards_written == 0 and not any(report.repaired)
 
 
 def _counts(numbers: dict[str, int]) -> str:
@@ -110,6 +121,8 @@ def _as_json(report: JobReport) -> dict[str, object]:
         "splits": report.splits,
         "shards": report.shards,
         "shards_written": report.shards_written,
+        "repaired_objects": report.repaired[0],
+        "repaired_shards": report.repaired[1],
     }
 
 

@@ -12,7 +12,13 @@ from pipeline.rules import FurtherRule, rule_in_words
 from pipeline.settings.canonical import plain
 from pipeline.settings.loading import validated
 from pipeline.settings.run import RunConfig
-from workflows.terminal import ShardProgress, note, print_json, progress_bar
+from workflows.terminal import (
+    ShardProgress,
+    note,
+    print_json,
+    progress_bar,
+    repaired_in_words,
+)
 
 
 def repartition(
@@ -79,11 +85,16 @@ def repartition(
     note(
         f"{store}: partition {name} by {rule_in_words(report.rule)}; {report.mean_tokens:.6g} tokens per "
         f"tile on average, {report.tiles} tiles in {report.shards} shards"
-        + ("; complete already, nothing to do" if report.shards_written == 0 else "")
+        + (f"; {repaired_in_words(*report.repaired)}" if any(report.repaired) else "")
+        + ("; complete already, nothing to do" if _left_alone(report) else "")
     )
     if json:
         print_json(_as_json(report))
     return EXIT_OK
+
+
+def _left_alone(report: RepartitionReport) -> bool:
+    return report.shards_written == 0 and not any(report.repaired)
 
 
 def _numbers(text: str) -> list[float]:
@@ -97,4 +108,6 @@ def _numbers(text: str) -> list[float]:
 
 def _as_json(report: RepartitionReport) -> dict[str, Any]:
     content: dict[str, Any] = plain(vars(report))
-    return {**content, "store": str(report.store)}
+    objects, shards = content.pop("repaired")
+    counts = {"repaired_objects": objects, "repaired_shards": shards}
+    return {**content, "store": str(report.store), **counts}

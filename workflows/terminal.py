@@ -45,6 +45,12 @@ def plain_table(*columns: str) -> Table:
     return table
 
 
+def repaired_in_words(objects: int, shards: int) -> str:
+    """For example: repaired 3 objects in 2 shards."""
+    of = f" in {shards} shard{'s' * (shards != 1)}" if shards else ""
+    return f"repaired {objects} object{'s' * (objects != 1)}{of}"
+
+
 @contextmanager
 def progress_bar(unit: str) -> Iterator[Progress]:
     """A bar with count, elapsed and remaining time on stderr; nothing when that is no terminal."""

@@ -11,7 +11,8 @@ from pipeline.cut import fill_partition, leaves, splits_by_budget, splits_by_thr
 from pipeline.nodes import level_offsets, node_scores, shared_nodes
 from pipeline.rules import QUANTILE_SAMPLE_TILES, FurtherRule, quantile_thresholds
 from pipeline.storage.layout import StoreLayout, write_shard
-from pipeline.storage.objects import absolute, objects_at
+from pipeline.storage.mending import writer
+from pipeline.storage.objects import absolute
 from pipeline.storage.partitions import partition_path
 from pipeline.storage.places import FrameRun, Places
 from pipeline.store import Store, open_store
@@ -24,6 +25,7 @@ class RepartitionTask:
     `thresholds` hold for every frame; without them the budget or the quantile of `rule` decides. Under a
     quantile, `groups` int64 are indices into `samples`, the frames whose scores set the thresholds: per
     frame that of its scene, or per tile that of its place where all timesteps share one partition.
+    `wanted` names the objects to be written, where a damaged shard is made again.
     """
 
     store: str
@@ -36,6 +38,7 @@ class RepartitionTask:
     run: FrameRun
     groups: np.ndarray
     samples: tuple[FrameRun, ...]
+    wanted: dict[str, dict[str, Any]] | None = None
 
 
 def repartition_task(
@@ -73,7 +76,7 @@ def repartition_task(
 
 def repartition_shard(task: RepartitionTask) -> dict[str, Any]:
     """Make and write one shard of a partition; its ledger row (see `PartitionLedger`)."""
-    layout, objects = task.layout, objects_at(task.store)
+    layout = task.layout
     arrays = layout.partition_arrays(task.name)
     blocks = {
         name: np.full(spec.shard, spec.fill_value, np.dtype(spec.dtype))
@@ -91,7 +94,7 @@ def repartition_shard(task: RepartitionTask) -> dict[str, Any]:
         slots = task.run.frames[here] - task.shard * layout.shard_capacity
         group = partition_path(layout.modality, task.name)
         fill_partition(blocks, group, slots, leaves(splits[here], own[here], layout.grid))
-    written = write_shard(objects, arrays, layout.codec, task.shard, blocks)
+    written = write_shard(writer(task.store, task.wanted), arrays, layout.codec, task.shard, blocks)
     return {"shard": task.shard, "objects": written}
 
 

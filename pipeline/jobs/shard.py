@@ -24,7 +24,7 @@ from pipeline.scorers.config import ExternalConfig
 from pipeline.scores import countable, make_scorer
 from pipeline.settings.config import ModalitySettings, ValidityConfig
 from pipeline.storage.layout import ArraySpec, StoreLayout, write_shard
-from pipeline.storage.objects import objects_at
+from pipeline.storage.mending import writer
 from pipeline.storage.partitions import DEFAULT_PARTITION, partition_path
 
 # A window read at once stays below this, whatever the width of the scene.
@@ -53,7 +53,8 @@ class ShardTask:
     """Everything a worker needs for one shard; small, because it travels through the scheduler.
 
     `rows` and `cols` int32 [tile] are the shard's tiles, the leading modality comes first. `excluded` are
-    scenes that are not even opened, with the reason for each.
+    scenes that are not even opened, with the reason for each. `wanted` names the objects to be written,
+    with their `bytes` and `sha256`, where a damaged shard is made again.
     """
 
     store: str
@@ -64,6 +65,7 @@ class ShardTask:
     cols: np.ndarray
     modalities: tuple[ModalityTask, ...]
     excluded: dict[str, str] = field(default_factory=dict)
+    wanted: dict[str, dict[str, Any]] | None = None
 
 
 @dataclass
@@ -146,7 +148,9 @@ def process_shard(task: ShardTask) -> dict[str, Any]:
             _partition(modality, blocks, thresholds)
         arrays = modality.layout.arrays()
         codec = modality.layout.codec
-        outcome.objects |= write_shard(objects_at(task.store), arrays, codec, task.shard, blocks)
+        outcome.objects |= write_shard(
+            writer(task.store, task.wanted), arrays, codec, task.shard, blocks
+        )
     return {"shard": task.shard, **vars(outcome)}
 
 

@@ -21,7 +21,7 @@ from zarr.storage import ObjectStore, StorePath
 
 from pipeline.errors import LockedError, StoreError
 from pipeline.storage.layout import ArraySpec, array_metadata
-from pipeline.storage.objects import entry
+from pipeline.storage.objects import check_name, entry
 
 # A request is tried so often, each time after a longer wait, before it counts as failed.
 MAX_RETRIES = 8
@@ -41,7 +41,7 @@ class BucketObjects:
 
     def read(self, name: str) -> bytes:
         try:
-            return bytes(obstore.get(self.store, name).bytes())
+            return bytes(obstore.get(self.store, check_name(self.location, name)).bytes())
         except (NotFoundError, FileNotFoundError):
             raise FileNotFoundError(f"{self.location}/{name}") from None
         except BaseError as error:
@@ -50,6 +50,18 @@ class BucketObjects:
     def size(self, name: str) -> int | None:
         head = self._head(name)
         return None if head is None else int(head["size"])
+
+    def digest(self, name: str) -> dict[str, Any] | None:
+        found, length = hashlib.sha256(), 0
+        try:
+            for piece in obstore.get(self.store, check_name(self.location, name)):
+                found.update(piece)
+                length += len(piece)
+        except (NotFoundError, FileNotFoundError):
+            return None
+        except BaseError as error:
+            raise self._failed(f"cannot read {name}", error) from None
+        return {"bytes": length, "sha256": found.hexdigest()}
 
     def modified(self, name: str) -> float:
         head = self._head(name)
@@ -123,7 +135,7 @@ class BucketObjects:
 
     def _head(self, name: str) -> Any:
         try:
-            return obstore.head(self.store, name)
+            return obstore.head(self.store, check_name(self.location, name))
         except (NotFoundError, FileNotFoundError):
             return None
         except BaseError as error:

@@ -22,7 +22,7 @@ from zarr.storage import MemoryStore
 
 from pipeline.grid import BaseGrid
 from pipeline.settings.canonical import plain
-from pipeline.storage.objects import Objects
+from pipeline.storage.objects import Writer
 from pipeline.storage.partitions import DEFAULT_PARTITION, partition_path
 
 FORMAT_NAME = "aptile"
@@ -235,7 +235,7 @@ def _create(root: zarr.Group, name: str, spec: ArraySpec, codec: str) -> None:
 
 
 def write_shard(
-    objects: Objects,
+    objects: Writer,
     arrays: dict[str, ArraySpec],
     codec: str,
     shard: int,

@@ -11,14 +11,24 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from pipeline.errors import LockedError, StoreError
+from pipeline.errors import IntegrityError, LockedError, StoreError
 from pipeline.locations import is_url
 
 PARTIAL_SUFFIX = ".partial"
 Location = str | Path
 
 
-class Objects(Protocol):
+class Writer(Protocol):
+    """Where objects are written to."""
+
+    def write(self, name: str, content: bytes | memoryview) -> dict[str, Any]:
+        """Write a whole object durably and atomically; its `bytes` and `sha256`.
+
+        Raises StoreError, which names the bytes needed, where that fails; what was there stays.
+        """
+
+
+class Objects(Writer, Protocol):
     """Objects below one location. Names are relative, with slashes, and never lead upwards."""
 
     location: str
@@ -29,17 +39,14 @@ class Objects(Protocol):
     def size(self, name: str) -> int | None:
         """Bytes of an object; None if there is none."""
 
+    def digest(self, name: str) -> dict[str, Any] | None:
+        """An object's `bytes` and `sha256`, read piece by piece; None if there is none."""
+
     def names(self, below: str = "") -> Iterator[str]:
         """Names of all objects below a folder, in no order; leftovers of killed writers left out."""
 
     def modified(self, name: str) -> float:
         """Seconds since 1970 when an object was written; FileNotFoundError if there is none."""
-
-    def write(self, name: str, content: bytes | memoryview) -> dict[str, Any]:
-        """Write a whole object durably and atomically; its `bytes` and `sha256`.
-
-        Raises StoreError, which names the bytes needed, where that fails; what was there stays.
-        """
 
     def swap(self, name: str, content: bytes, seen: bytes | None) -> None:
         """Write an object if its content is still `seen` (None: if there is none), in one atomic step.
@@ -83,6 +90,22 @@ def entry(content: bytes | memoryview) -> dict[str, Any]:
     return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
+def check_name(location: str, name: object) -> str:
+    """A name that came out of a store; IntegrityError for one that leads out of it, or is none."""
+    if (
+        not isinstance(name, str)
+        or not name
+        or name.startswith("/")
+        or "\0" in name
+        or ".." in name.split("/")
+    ):
+        raise IntegrityError(
+            f"{location}: an object is named {name!r:.80}, which is no name below the store; the store is "
+            "damaged or forged, preprocess the archive into a new one"
+        )
+    return name
+
+
 class LocalObjects:
     """Objects as files of a folder: temporary name, fsync, rename."""
 
@@ -91,12 +114,21 @@ class LocalObjects:
         self.location = str(folder)
 
     def read(self, name: str) -> bytes:
-        return (self.folder / name).read_bytes()
+        return self._path(name).read_bytes()
 
     def size(self, name: str) -> int | None:
         try:
-            return os.stat(f"{self.folder}/{name}").st_size  # noqa: PTH116 (called for every object)
+            path = f"{self.folder}/{check_name(self.location, name)}"
+            return os.stat(path).st_size  # noqa: PTH116 (called for every object)
         except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def digest(self, name: str) -> dict[str, Any] | None:
+        try:
+            with self._path(name).open("rb") as file:
+                found = hashlib.file_digest(file, "sha256")
+                return {"bytes": file.tell(), "sha256": found.hexdigest()}
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             return None
 
     def names(self, below: str = "") -> Iterator[str]:
@@ -109,7 +141,7 @@ class LocalObjects:
         return (self.folder / name).stat().st_mtime
 
     def write(self, name: str, content: bytes | memoryview) -> dict[str, Any]:
-        path = self.folder / name
+        path = self._path(name)
         partial = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL_SUFFIX}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -156,7 +188,7 @@ class LocalObjects:
 
     def remove(self, names: Iterable[str]) -> None:
         for name in names:
-            (self.folder / name).unlink(missing_ok=True)
+            self._path(name).unlink(missing_ok=True)
 
     def sweep(self) -> None:
         for partial in self.folder.rglob(f"*{PARTIAL_SUFFIX}"):
@@ -164,6 +196,9 @@ class LocalObjects:
 
     def clear(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _path(self, name: str) -> Path:
+        return self.folder / check_name(self.location, name)
 
 
 def _write_synced(path: Path, content: bytes | memoryview) -> None:
