@@ -59,6 +59,7 @@ class Store:
         self.header = header
         self._commit = commit
         self._checked_shards: set[tuple[str, str, int]] = set()
+        self._checked_arrays: set[str] = set()
         self._frame_tables: dict[str, FrameTable] = {}
         self._row_tables: dict[tuple[str, str], tuple[np.ndarray, np.ndarray]] = {}
         self._partition_shards: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
@@ -259,7 +260,11 @@ class Store:
         return Frames(values(pixels), values(valid), scales)
 
     def per_frame(self, modality: str, name: str) -> np.ndarray:
-        """The whole of a small array that has a few numbers per frame slot, such as `num_valid`."""
+        """The whole of a small array that has a few numbers per frame slot, such as `num_valid`.
+
+        Raises IntegrityError if an object of it is lost or has another size.
+        """
+        self._check_whole(modality, name)
         return self._whole(f"{modality}/{name}")
 
     @cached_property
@@ -292,17 +297,32 @@ class Store:
         for shard in np.unique(shards).tolist():
             self._check_objects((*key, shard), self._partition_shards[key])
 
+    def _check_whole(self, modality: str, name: str) -> None:
+        """Of the default partition, and of arrays beside partitions, the objects of one array."""
+        layout, array = self.layouts[modality], f"{modality}/{name}"
+        spec = layout.arrays().get(array)
+        if self._commit is None or spec is None or array in self._checked_arrays:
+            return
+        for shard, row in self.history.shards.items():
+            key = f"{array}/{spec.shard_key(shard)}"
+            self._check_object(key, row["objects"].get(key))
+        self._checked_arrays.add(array)
+
     def _check_objects(self, key: tuple[str, str, int], rows: dict[int, dict[str, Any]]) -> None:
         if key in self._checked_shards:
             return
         for name, written in rows[key[2]]["objects"].items():
-            size = self.objects.size(name)
-            if size != written["bytes"]:
-                raise IntegrityError(
-                    f"{self.location}/{name} is {'missing' if size is None else f'{size} bytes long'}; the "
-                    f"ledger says {written['bytes']} bytes: {MEND}"
-                )
+            self._check_object(name, written)
         self._checked_shards.add(key)
+
+    def _check_object(self, name: str, written: dict[str, Any] | None) -> None:
+        """`written` is what the ledger says of an object, None where it names none."""
+        size, said = self.objects.size(name), None if written is None else written["bytes"]
+        if size != said:
+            raise IntegrityError(
+                f"{self.location}/{name} is {'missing' if size is None else f'{size} bytes long'}; the "
+                f"ledger says {'none' if said is None else f'{said} bytes'}: {MEND}"
+            )
 
     def _read(self, name: str, frames: np.ndarray) -> np.ndarray:
         return values(self._arrays.pending(name, frames))

@@ -6,7 +6,8 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from pipeline.errors import EXIT_INTEGRITY, EXIT_OK
-from pipeline.jobs.verify import Damage, VerifyReport
+from pipeline.jobs.known import Damage, is_ledger
+from pipeline.jobs.verify import VerifyReport
 from pipeline.jobs.verify import verify as run_verify
 from workflows.terminal import console, note, print_json, progress_bar
 
@@ -58,6 +59,10 @@ def in_words(report: VerifyReport) -> list[str]:
         lines += [f"  {damage.name} {damage.what}" for damage in damages[:_SHOWN]]
         if len(damages) > _SHOWN:
             lines.append(f"  and {len(damages) - _SHOWN} more; --json lists all")
+    if any(is_ledger(damage.name) for damage in report.damaged):
+        lines.append(
+            "what a damaged ledger names could not be compared: verify again after the repair"
+        )
     lines += [f"under way: {text}" for text in report.under_way]
     lines += [f"left over: {name}" for name in report.leftovers[:_SHOWN]]
     if len(report.leftovers) > _SHOWN:

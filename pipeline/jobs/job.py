@@ -13,7 +13,7 @@ from typing import Any
 from pipeline.errors import ArchiveError, StoreError
 from pipeline.jobs.cluster import Observer, run_tasks
 from pipeline.jobs.manifest import encode_manifest, manifest_name
-from pipeline.jobs.outcome import batch_table
+from pipeline.jobs.outcome import batch_table, summary_of
 from pipeline.jobs.prepare import begin_ledger, new_header, write_metadata
 from pipeline.jobs.repair import Repaired, readable_state, repair
 from pipeline.jobs.resume import (
@@ -30,8 +30,6 @@ from pipeline.jobs.resume import (
 from pipeline.jobs.shard import process_shard, shard_task
 from pipeline.planning.existing import existing_of
 from pipeline.planning.inputs import Job, NothingNewError, archive_files, plan_job, require_scenes
-from pipeline.planning.plan import Plan
-from pipeline.planning.splits import split_summary
 from pipeline.settings.config import PreprocessConfig
 from pipeline.storage.commit import (
     APPEND,
@@ -320,7 +318,7 @@ def _commit(batch: _Batch) -> Commit:
         header=batch.header,
         manifest=named(manifest_name(ledger.number), manifest),
         batches=(replace(own, ledger=named(ledger_name(ledger.number), ledger.canonical())),),
-        summary=_summary(batch.history, plan, table["split"].to_pylist()),
+        summary=summary_of(batch.history, table["split"].to_pylist(), batch.header["config"]),
         metadata={},
     )
     if before is not None:
@@ -340,20 +338,6 @@ def _commit(batch: _Batch) -> Commit:
     commit = replace(commit, metadata=metadata)
     write_commit(objects, commit, before)
     return commit
-
-
-def _summary(history: History, plan: Plan, splits: list[str | None]) -> dict[str, Any]:
-    rows = history.shards.values()
-    return {
-        "inputs": len(history.inputs()),
-        "quarantined": len(history.quarantined()),
-        "skipped": len(history.skipped()),
-        "tiles": len(splits),
-        "tiles_left_out": sum(len(row["tiles_left_out"]) for row in rows),
-        "frames_left_out": sum(len(slots) for row in rows for slots in row["left_out"].values()),
-        "splits": split_summary(splits) if plan.config.splits else {},
-        "shards": history.num_shards,
-    }
 
 
 def _report(

@@ -41,6 +41,15 @@ class KnownObject:
         return {"bytes": self.bytes, "sha256": self.sha256}
 
 
+@dataclass(frozen=True)
+class Damage:
+    """One object that is not what it must be: what it is, and how that is mended."""
+
+    name: str
+    what: str
+    cure: Cure
+
+
 @dataclass
 class Known:
     """All objects of a chain of commits by name, and the ledgers that could be read.
@@ -155,3 +164,26 @@ def content_of(objects: Objects, name: str, what: dict[str, Any]) -> bytes | Non
         return None
     content = objects.read(name)
     return content if hashlib.sha256(content).hexdigest() == what["sha256"] else None
+
+
+def is_ledger(name: str) -> bool:
+    """Whether an object is a ledger: while it is damaged, what it names is unknown."""
+    return name.endswith(".jsonl")
+
+
+def damage_of(objects: Objects, name: str, known: KnownObject) -> Damage | None:
+    """What is wrong with an object, if anything is."""
+    try:
+        found = objects.digest(name)
+    except OSError as error:
+        return Damage(name, f"cannot be read ({error.strerror or error})", known.cure)
+    except IntegrityError:
+        return Damage(name, "is no name below the store", NO_CURE)
+    if found == known.entry:
+        return None
+    what = "differs from what was committed"
+    if found is None:
+        what = "is missing"
+    elif found["bytes"] != known.bytes:
+        what = f"is {found['bytes']} bytes long, {known.bytes} were committed"
+    return Damage(name, what, known.cure)

@@ -9,7 +9,9 @@ from pipeline.jobs.manifest import ModalityOutcome, manifest_table, present_fram
 from pipeline.jobs.merging import merged_manifest
 from pipeline.planning.inputs import Job
 from pipeline.planning.plan import Plan
+from pipeline.planning.splits import split_summary
 from pipeline.storage.commit import Commit
+from pipeline.storage.history import History
 from pipeline.storage.ledger import Ledger
 from pipeline.storage.objects import Objects
 from pipeline.storage.partitions import DEFAULT_PARTITION
@@ -33,6 +35,23 @@ def batch_table(
     # Parquet knows no seconds, so dates come back as milliseconds.
     old = Store(objects, before.header, before).manifest.replace_schema_metadata()
     return merged_manifest(old.cast(table.schema), table, static)
+
+
+def summary_of(
+    history: History, splits: list[str | None], config: dict[str, Any]
+) -> dict[str, Any]:
+    """A commit's summary: of all batches, the split of every tile, the configuration as stored."""
+    rows = history.shards.values()
+    return {
+        "inputs": len(history.inputs()),
+        "quarantined": len(history.quarantined()),
+        "skipped": len(history.skipped()),
+        "tiles": len(splits),
+        "tiles_left_out": sum(len(row["tiles_left_out"]) for row in rows),
+        "frames_left_out": sum(len(slots) for row in rows for slots in row["left_out"].values()),
+        "splits": split_summary(splits) if config["splits"] else {},
+        "shards": history.num_shards,
+    }
 
 
 def _outcome(

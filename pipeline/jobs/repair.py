@@ -11,6 +11,7 @@ from typing import Any
 from pipeline.errors import ArchiveError, IntegrityError
 from pipeline.jobs.cluster import Observer, run_tasks
 from pipeline.jobs.known import Known, content_of, damage_of, known_objects
+from pipeline.jobs.lost_commits import derived_commits
 from pipeline.jobs.manifest import encode_manifest
 from pipeline.jobs.outcome import batch_table
 from pipeline.jobs.prepare import begin_ledger
@@ -81,10 +82,12 @@ def repair(
     with exclusive(objects):
         work, known = _Repair(archive, objects, state, chain, config), known_objects(objects, chain)
         damaged = {name for name in suspects if _is_damaged(objects, name, chain, known)}
-        number = _restore_commits(objects, chain)
-        number += work.metadata(damaged)
+        number = _restore_commits(objects, chain) + work.metadata(damaged)
         mended, shards = work.shards(damaged, observer)
         number += mended + work.manifests(damaged)
+        for name, content in derived_commits(objects, read_chain(objects)).items():
+            objects.write(name, content)
+            number += 1
         after = read_chain(objects)
         left = tuple(sorted(n for n in damaged if _is_damaged(objects, n, after, known)))
         remember(objects, left)

@@ -1,4 +1,4 @@
-"""Repair of a further partition: its damaged objects are cut again, to the very bytes that were committed."""
+"""Repair of a further partition: damaged objects are cut again, to the very bytes that were committed."""
 
 from collections.abc import Iterable
 from dataclasses import replace
@@ -110,8 +110,9 @@ class _Partition:
     def _shard(
         self, what: dict[str, Any], shard: int, wanted: dict[str, dict[str, Any]]
     ) -> dict[str, Any]:
-        """Make one shard again, as of the commit that brought it: later dates may have changed its tiles."""
-        store = Store(self.store.objects, (commit := self._brought_by(what)).header, commit)
+        """Make one shard again as of the commit that brought it: tiles may have got further dates since."""
+        commit = self._brought_by(what)
+        store = Store(self.store.objects, commit.header, commit)
         layout, places = (
             store.layouts[self.layout.modality],
             places_of(store, self.layout.modality),

@@ -5,9 +5,9 @@ the next `aptile preprocess` or `aptile repartition` mends exactly that.
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pipeline.errors import AptileError, IntegrityError, StoreError
 from pipeline.jobs.crosscheck import manifest_problems, metadata_problems
@@ -18,11 +18,13 @@ from pipeline.jobs.known import (
     Known,
     KnownObject,
     damage_of,
+    is_ledger,
     known_objects,
 )
 from pipeline.jobs.leftovers import Beside, beside
+from pipeline.jobs.lost_commits import derived_commits
 from pipeline.storage.chain import Chain, read_chain
-from pipeline.storage.commit import COMMIT, Commit
+from pipeline.storage.commit import COMMIT, Commit, commit_name, decode
 from pipeline.storage.header import check_version, read_header
 from pipeline.storage.layout import ROOT_METADATA
 from pipeline.storage.ledger import Ledger, ledger_name
@@ -75,7 +77,9 @@ def verify(
         damaged = tuple(Damage(name, what, NO_CURE) for name, what in chain.damaged.items())
         return _report(objects, None, {}, list(damaged), Beside())
     check_version(objects.location, chain.newest.header)
-    known = known_objects(objects, chain)
+    derived = derived_commits(objects, chain)
+    earlier = {commit.number: commit for commit in map(decode, derived.values())}
+    known = known_objects(objects, replace(chain, commits={**earlier, **chain.commits}))
     found = beside(objects, chain.newest, known, chain.hidden)
     damaged_objects = [
         damage
@@ -87,12 +91,16 @@ def verify(
     if read_chain(objects).newest != chain.newest:
         return verify(location, workers, progress)  # a writer finished meanwhile
     records = [
-        *_chain_damage(chain),
+        *_chain_damage(chain, derived),
         *(Damage(name, *problem) for name, problem in known.problems.items()),
     ]
     if not records:
         records = _contradictions(objects, chain.newest, {d.name for d in damaged_objects})
-    return _report(objects, chain.newest, known.objects, [*records, *damaged_objects], found)
+    every = [*records, *damaged_objects]
+    if any(damage.name in chain.damaged or is_ledger(damage.name) for damage in every):
+        # What a lost record named must not be taken for rubbish.
+        found = replace(found, leftovers=())
+    return _report(objects, chain.newest, known.objects, every, found)
 
 
 def compare(
@@ -120,11 +128,15 @@ def compare(
     return damaged
 
 
-def _chain_damage(chain: Chain) -> Iterator[Damage]:
+def _chain_damage(chain: Chain, derived: Container[str]) -> Iterator[Damage]:
+    assert chain.newest is not None
     for name, what in sorted(chain.damaged.items()):
-        assert chain.newest is not None
-        origin = f"commits/{chain.newest.number:06d}.json" if name == COMMIT else COMMIT
-        yield Damage(name, what, Cure("record", origin) if name in chain.restored else NO_CURE)
+        cure = NO_CURE
+        if name in chain.restored:
+            cure = Cure("record", commit_name(chain.newest.number) if name == COMMIT else COMMIT)
+        elif name in derived:
+            cure = Cure("record", "the commit after it")
+        yield Damage(name, what, cure)
 
 
 def _contradictions(objects: Objects, commit: Commit, damaged: set[str]) -> list[Damage]:
