@@ -52,13 +52,12 @@ class Damage:
 
 @dataclass
 class Known:
-    """All objects of a chain of commits by name, and the ledgers that could be read.
+    """All objects of a chain of commits by name.
 
     `problems` are contradictions between records, by the name of the record: `what` and `cure`.
     """
 
     objects: dict[str, KnownObject] = field(default_factory=dict)
-    ledgers: dict[int, Ledger] = field(default_factory=dict)
     problems: dict[str, tuple[str, Cure]] = field(default_factory=dict)
 
     def take(self, name: str, what: dict[str, Any], cure: Cure) -> None:
@@ -103,14 +102,12 @@ def _specs(commit: Commit) -> dict[str, ArraySpec]:
 
 def _take_batch(objects: Objects, batch: Batch, specs: dict[str, ArraySpec], known: Known) -> None:
     name = batch.ledger["path"]
-    if batch.number in known.ledgers or name in known.objects:
-        return
+    seen = name in known.objects
     known.take(name, batch.ledger, Cure("record", "the archive"))
-    content = content_of(objects, name, batch.ledger)
+    content = None if seen else content_of(objects, name, batch.ledger)
     if content is None:
         return
     ledger = Ledger.parse(content, f"{objects.location}/{name}")
-    known.ledgers[batch.number] = ledger
     expected = {
         "batch": batch.number,
         "first_shard": batch.first_shard,
@@ -133,10 +130,9 @@ def _take_partition(
     specs, of = layout.partition_arrays(name), f"{modality}/{name}"
     for what in commit.partitions[modality][name]["ledgers"]:
         path = what["path"]
-        if path in known.objects:
-            continue
+        seen = path in known.objects
         known.take(path, what, Cure("partition", of))
-        content = content_of(objects, path, what)
+        content = None if seen else content_of(objects, path, what)
         if content is None:
             continue
         for shard, row in PartitionLedger.parse(path, content, objects.location).shards.items():

@@ -9,7 +9,7 @@ from collections.abc import Callable, Container, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
-from pipeline.errors import AptileError, IntegrityError, StoreError
+from pipeline.errors import AptileError, StoreError
 from pipeline.jobs.crosscheck import manifest_problems, metadata_problems
 from pipeline.jobs.known import (
     NO_CURE,
@@ -80,7 +80,9 @@ def verify(
     derived = derived_commits(objects, chain)
     earlier = {commit.number: commit for commit in map(decode, derived.values())}
     known = known_objects(objects, replace(chain, commits={**earlier, **chain.commits}))
-    found = beside(objects, chain.newest, known, chain.hidden)
+    found = Beside()
+    if not known.problems:
+        found = beside(objects, chain.newest, known, chain.hidden)
     damaged_objects = [
         damage
         for damage in compare(objects, known.objects, workers, progress)
@@ -94,8 +96,8 @@ def verify(
         *_chain_damage(chain, derived),
         *(Damage(name, *problem) for name, problem in known.problems.items()),
     ]
-    if not records:
-        records = _contradictions(objects, chain.newest, {d.name for d in damaged_objects})
+    if not records and not damaged_objects:
+        records = _contradictions(objects, chain.newest)
     every = [*records, *damaged_objects]
     if any(damage.name in chain.damaged or is_ledger(damage.name) for damage in every):
         # What a lost record named must not be taken for rubbish.
@@ -139,20 +141,14 @@ def _chain_damage(chain: Chain, derived: Container[str]) -> Iterator[Damage]:
         yield Damage(name, what, cure)
 
 
-def _contradictions(objects: Objects, commit: Commit, damaged: set[str]) -> list[Damage]:
-    """What intact records say against each other; what cannot be read was found before."""
-    found: list[Damage] = []
-    if not damaged & commit.metadata.keys():
-        found += [Damage(ROOT_METADATA, w, NO_CURE) for w in metadata_problems(objects, commit)]
-    if commit.manifest["path"] not in damaged:
-        try:
-            problems = list(manifest_problems(Store(objects, commit.header, commit)))
-        except IntegrityError as error:
-            problems = [] if damaged else [str(error)]
-        except (ValueError, KeyError, TypeError, IndexError) as error:
-            problems = [f"cannot be used ({' '.join(str(error).split()):.200})"]
-        found += [Damage(commit.manifest["path"], what, NO_CURE) for what in problems]
-    return found
+def _contradictions(objects: Objects, commit: Commit) -> list[Damage]:
+    """What records that are all as committed say against each other."""
+    found = [Damage(ROOT_METADATA, w, NO_CURE) for w in metadata_problems(objects, commit)]
+    try:
+        problems = list(manifest_problems(Store(objects, commit.header, commit)))
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        problems = [f"cannot be used ({' '.join(str(error).split()):.200})"]
+    return found + [Damage(commit.manifest["path"], what, NO_CURE) for what in problems]
 
 
 def _unfinished(objects: Objects, workers: int | None, progress: Progress) -> VerifyReport:

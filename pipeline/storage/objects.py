@@ -95,9 +95,9 @@ def check_name(location: str, name: object) -> str:
     if (
         not isinstance(name, str)
         or not name
-        or name.startswith("/")
+        or name[0] == "/"
         or "\0" in name
-        or ".." in name.split("/")
+        or (".." in name and ".." in name.split("/"))
     ):
         raise IntegrityError(
             f"{location}: an object is named {name!r:.80}, which is no name below the store; the store is "
@@ -112,13 +112,14 @@ class LocalObjects:
     def __init__(self, folder: Path) -> None:
         self.folder = folder.resolve()
         self.location = str(folder)
+        self._prefix = f"{self.folder}/"
 
     def read(self, name: str) -> bytes:
         return self._path(name).read_bytes()
 
     def size(self, name: str) -> int | None:
         try:
-            path = f"{self.folder}/{check_name(self.location, name)}"
+            path = self._prefix + check_name(self.location, name)
             return os.stat(path).st_size  # noqa: PTH116 (called for every object)
         except (FileNotFoundError, NotADirectoryError):
             return None
