@@ -33,7 +33,7 @@ from pipeline.storage.mending import differs, remember, remembered
 from pipeline.storage.objects import Objects, absolute, entry
 
 # For fewer shards starting worker processes takes longer than the work they would share.
-_IN_PROCESS_SHARDS = 2
+_IN_PROCESS_SHARDS = 3
 _ROW = ("shard", "objects", "failed", "findings", "thresholds", "left_out", "tiles_left_out")
 
 
@@ -330,8 +330,16 @@ class _LostLedger:
             content = ledger.canonical()
             if {"path": self._name, **entry(content)} == self.batch.ledger:
                 self.objects.write(self._name, content)
+                self._note_damage(ledger)
                 return ledger
         raise IntegrityError(differs(self.objects.location, self._name))
+
+    def _note_damage(self, ledger: Ledger) -> None:
+        """Nobody could compare the objects that only this ledger names."""
+        rows, digest = ledger.shards.values(), self.objects.digest
+        named = ((name, what) for row in rows for name, what in row["objects"].items())
+        damaged = {name for name, what in named if digest(name) != what}
+        remember(self.objects, remembered(self.objects) | damaged)
 
     @property
     def _name(self) -> str:

@@ -10,8 +10,6 @@ from grown import OPTIONS, cut_lean, grown_store, settings
 from pipeline.errors import ArchiveError, IntegrityError, StoreError
 from pipeline.jobs.job import run_job
 from pipeline.jobs.verify import verify
-from pipeline.storage.commit import read_commit
-from pipeline.storage.ledger import Ledger
 from pipeline.storage.mending import Remade
 from pipeline.storage.objects import LocalObjects, entry
 from support import Watching, aptile, assert_same_bytes, files, save_scene, textured
@@ -101,7 +99,7 @@ def test_what_has_another_size_needs_no_verification(made, store, name):
 
 
 def test_the_ledger_of_the_first_batch_is_made_again(made, store):
-    """All of its shards are made again, on workers, and none is written."""
+    """All of its shards are made again, and none is written."""
     times = harm(store, "ledger/000001.jsonl", flipped)
     assert again(made / "archive", store).repaired == (1, 0)
     assert {n: (store / n).stat().st_mtime_ns for n in times} == times
@@ -116,6 +114,7 @@ def test_a_lost_ledger_and_lost_shards_are_mended_together(made, store):
 
 
 def test_a_whole_array_that_was_lost_comes_back(made, store):
+    """So many shards are made by workers."""
     shutil.rmtree(store / "image" / "pixels")
     assert again(made / "archive", store).repaired == (5, 4)
     assert_same_bytes(made / "store", store)
@@ -215,11 +214,8 @@ def test_scenes_that_failed_fail_again(tmp_path):
     whole = shutil.copytree(store, tmp_path / "whole")
     for name in ("image/pixels/c/0/0/0/0", "ledger/000001.jsonl", "manifest/000001.parquet"):
         flipped(store / name)
-    verify(store)
     assert not verify(store).intact
-    assert run_job(str(archive), store, config, Watching()).repaired[0] >= 2
-    verify(store)
-    run_job(str(archive), store, config, Watching())
+    assert run_job(str(archive), store, config, Watching()).repaired == (3, 1)
     assert_same_bytes(whole, store)
 
 
@@ -238,21 +234,14 @@ def test_random_damage_of_several_objects_is_mended(made, store):
     rng = np.random.default_rng(3)
     names = [n for n in files(store) if n not in {".lock"} and not n.startswith("commits/")]
     mended = 0
-    for _ in range(5):
+    for _ in range(3):
         for name in rng.choice(names, 6, replace=False).tolist():
             [flipped, emptied, Path.unlink][rng.integers(3)](store / name)
             mended += 1
-        for _ in range(3):
+        for _ in range(2):
             verify(store)
             again(made / "archive", store)
             cut_lean(store)
         assert verify(store).intact
         assert_same_bytes(made / "store", store)
     print(f"{mended} objects damaged at once, 6 at a time: all mended")  # noqa: T201
-
-
-def test_a_damaged_ledger_does_not_forget_its_commit(store):
-    """What the fixture promises: commit 3 names two batches, whose ledgers are intact."""
-    commit = read_commit(LocalObjects(store))
-    ledgers = [Ledger.read(LocalObjects(store), batch.number) for batch in commit.batches]
-    assert [len(ledger.shards) for ledger in ledgers] == [3, 1]
