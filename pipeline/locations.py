@@ -42,7 +42,7 @@ def as_root(location: str) -> str:
 def check_allowed(href: str, access: Access) -> None:
     """Raise SceneError unless `href` lies below one of the roots."""
     if not any(_below(href, root) for root in access.roots):
-        where = href if is_url(href) else Path(href).resolve()
+        where = href if is_url(href) else _resolved(href)
         raise SceneError(
             f"points to {where}, outside {', '.join(access.roots)}; if you trust it, add it to run.allow"
         )
@@ -104,11 +104,16 @@ def _scheme(location: str) -> str:
         return ""
 
 
+def _resolved(path: str) -> Path:
+    """The absolute path with links followed; a circle of links stays as it is, and cannot be opened."""
+    return Path(os.path.realpath(path))
+
+
 def _below(href: str, root: str) -> bool:
     if is_url(href) != is_url(root):
         return False
     if not is_url(href):
-        return Path(href).resolve().is_relative_to(root)
+        return _resolved(href).is_relative_to(root)
     try:
         parts, allowed = urlsplit(href), urlsplit(root)
     except ValueError:

@@ -155,10 +155,14 @@ class Access:
     """What may be opened, and how much of it at once. Small: it travels with every task.
 
     `roots` are absolute folders or URL prefixes; nothing outside them is opened. `drivers` are GDAL
-    driver names. `sign` is "package.module:function", called with a URL and returning the URL to use.
+    driver names. `max_scene_px` bounds height times width of a scene. `sign` is "package.module:function",
+    called with a URL and returning the URL to use. `checksums` is a list of the files' checksums, relative
+    to the archive.
     """
 
     roots: tuple[str, ...]
     drivers: tuple[str, ...] = ("GTiff", "JPEG", "PNG")
     max_block_bytes: int = 256 * 2**20
+    max_scene_px: int = 2**36
     sign: str | None = None
+    checksums: str | None = None

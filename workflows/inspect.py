@@ -25,6 +25,7 @@ def inspect(
     modality: str | None = None,
     timestep: int | None = None,
     partition: str = DEFAULT_PARTITION,
+    commit: int | None = None,
     curve: Annotated[bool, Parameter(negative="")] = False,
     png: Path | None = None,
     json: Annotated[bool, Parameter(negative="")] = False,
@@ -43,6 +44,8 @@ def inspect(
         Which of the tile's dates is drawn, counted from 0; the first that is there when not given.
     partition
         Which of the store's partitions; `aptile repartition` makes others than the default one.
+    commit
+        An earlier state of the store by its number; `aptile log` lists them.
     curve
         Show instead how many tokens per tile other thresholds would give, from the stored scores.
     png
@@ -50,7 +53,7 @@ def inspect(
     json
         Print the numbers as JSON on stdout.
     """
-    opened = open_store(store)
+    opened = open_store(store, commit)
     if curve:
         if tile is not None or partition != DEFAULT_PARTITION:
             raise ConfigError(

@@ -12,13 +12,8 @@ from pipeline.rules import FurtherRule, rule_in_words
 from pipeline.settings.canonical import plain
 from pipeline.settings.loading import validated
 from pipeline.settings.run import RunConfig
-from workflows.terminal import (
-    ShardProgress,
-    note,
-    print_json,
-    progress_bar,
-    repaired_in_words,
-)
+from workflows.progress import JobProgress
+from workflows.terminal import note, print_json, repaired_in_words
 
 
 def repartition(
@@ -78,10 +73,8 @@ def repartition(
     }
     rule = validated(FurtherRule, given, "repartition")
     run = validated(RunConfig, {"workers": workers, "scheduler": scheduler}, "repartition")
-    with progress_bar("tiles") as bar:
-        report = run_repartition(
-            store, name, rule, run, ShardProgress(bar, "repartition"), modality
-        )
+    with JobProgress("repartition") as progress:
+        report = run_repartition(store, name, rule, run, progress, modality)
     note(
         f"{store}: partition {name} by {rule_in_words(report.rule)}; {report.mean_tokens:.6g} tokens per "
         f"tile on average, {report.tiles} tiles in {report.shards} shards"

@@ -4,12 +4,14 @@ from collections import defaultdict
 from typing import Annotated, Any
 
 from cyclopts import Parameter
+from rich.console import Console
+from rich.progress import Progress
 
 from pipeline.errors import EXIT_INTEGRITY, EXIT_OK
 from pipeline.jobs.known import Damage, is_ledger
 from pipeline.jobs.verify import VerifyReport
 from pipeline.jobs.verify import verify as run_verify
-from workflows.terminal import console, note, print_json, progress_bar
+from workflows.terminal import bar_columns, console, note, print_json
 
 # Names shown of each group; --json lists all.
 _SHOWN = 20
@@ -32,7 +34,9 @@ def verify(
     json
         Print the result as JSON on stdout.
     """
-    with progress_bar("objects") as bar:
+    stderr = Console(stderr=True)
+    hidden = not stderr.is_terminal
+    with Progress(*bar_columns("objects"), console=stderr, disable=hidden, transient=True) as bar:
         task = bar.add_task("verify", total=None, extra="")
         report = run_verify(
             store, workers, lambda done, total: bar.update(task, completed=done, total=total)

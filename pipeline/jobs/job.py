@@ -10,11 +10,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import ArchiveError, StoreError
-from pipeline.jobs.cluster import Observer, run_tasks
+from pipeline.errors import ArchiveError, LockedError, StoreError
+from pipeline.jobs.engine import run_tasks
 from pipeline.jobs.manifest import encode_manifest, manifest_name
+from pipeline.jobs.observer import Observer
 from pipeline.jobs.outcome import batch_table, summary_of
 from pipeline.jobs.prepare import begin_ledger, new_header, write_metadata
+from pipeline.jobs.quarantine import QuarantineLimit
 from pipeline.jobs.repair import Repaired, readable_state, repair
 from pipeline.jobs.resume import (
     State,
@@ -112,7 +114,7 @@ def run_job(
     """
     objects = objects_at(store)
     state, restored = (
-        (State.read(objects), 0) if append else readable_state(archive, objects, config)
+        (State.read(objects), 0) if append else readable_state(archive, objects, config, observer)
     )
     if state.header is None:
         if append:
@@ -160,6 +162,8 @@ def _begin(
         batch = _Batch(objects, lock, state, header, job, ledger)
         try:
             report = _complete(batch, observer)
+        except LockedError:
+            raise
         except StoreError:
             if not ledger.shards:
                 objects.clear()
@@ -179,6 +183,8 @@ def _nothing_left(objects: Objects) -> Iterator[Any]:
     kept: list[bool] = []
     try:
         yield lambda: kept.append(True)
+    except LockedError:
+        raise  # what is there is another's
     except BaseException:
         if not kept:
             objects.clear()
@@ -287,16 +293,25 @@ def _complete(batch: _Batch, observer: Observer) -> JobReport:
     }
     todo = [shard for shard in plan.shards if shard not in ledger.shards]
     observer.planned(len(plan.tiles), sum(len(plan.tile_range(shard)) for shard in ledger.shards))
+    run = batch.job.config.run
+    limit = QuarantineLimit(
+        objects.location, run.max_quarantine, batch.job.num_inputs, ledger.quarantined()
+    )
     if todo:
         tasks = (
             shard_task(plan, shard, absolute(objects), batch.job.access, ranges) for shard in todo
         )
-        for row in run_tasks(
-            process_shard, tasks, len(todo), batch.job.config.run, objects.location
-        ):
-            batch.lock.check()
-            ledger.append(objects, [row])
-            observer.shard_done(len(plan.tile_range(row["shard"])))
+        results = run_tasks(
+            process_shard, tasks, len(todo), run, objects.location, observer, batch.job.access.roots
+        )
+        with contextlib.closing(results) as batches:
+            for rows in batches:
+                batch.lock.check()
+                ledger.append(objects, rows)
+                for row in rows:
+                    observer.shard_done(len(plan.tile_range(row["shard"])))
+                limit.add(rows)
+                observer.quarantined(len(limit.reasons))
     commit = _commit(batch)
     notes = (*batch.job.notes, *batch.job.facts.notes)
     return _report(objects.location, batch.history, commit, len(todo), notes)

@@ -18,7 +18,8 @@ def merged_manifest(old: pa.Table, new: pa.Table, static: frozenset[str]) -> pa.
     """
     if not len(old) or not len(new):
         return new if not len(old) else old
-    old, new = old.combine_chunks(), new.combine_chunks()
+    # Parquet has no timestamps in whole seconds.
+    old, new = old.cast(new.schema).combine_chunks(), new.combine_chunks()
     at_old = pc.index_in(new["id"], old["id"].combine_chunks()).combine_chunks()
     known = at_old.is_valid().to_numpy(zero_copy_only=False)
     rows = np.empty(len(new), np.int64)

@@ -32,9 +32,7 @@ def batch_table(
     if before is None:
         return table
     static = frozenset(n for n, m in plan.modalities.items() if m.settings.config.static)
-    # Parquet knows no seconds, so dates come back as milliseconds.
-    old = Store(objects, before.header, before).manifest.replace_schema_metadata()
-    return merged_manifest(old.cast(table.schema), table, static)
+    return merged_manifest(Store(objects, before.header, before).manifest, table, static)
 
 
 def summary_of(

@@ -24,9 +24,10 @@ from pipeline.settings.modality import MaskConfig
 from pipeline.storage.layout import BandSet, StoreLayout
 
 Span = tuple[int, int]
-# Rows read at once while a scene's zero border is looked for.
+# Rows, and bytes of pixels and labels, read at once while a scene's zero border is looked for.
 _BORDER_ROWS = 512
-_BORDERS_KEPT = 4
+_BORDER_BYTES = 128 * 2**20
+_LABEL_BYTES = 8
 
 
 @dataclass(frozen=True)
@@ -250,7 +251,22 @@ def _border(reader: _SetReader) -> BorderMask:
     key = tuple(asset for asset, _, _ in reader.parts)
     if key not in _borders:
         height, width = reader.grid.height, reader.grid.width
-        _borders[key] = find_border(reader.numbers, height, width, _BORDER_ROWS)
-        if len(_borders) > _BORDERS_KEPT:
+        most = reader.source.access.max_block_bytes
+        if height * width // 8 > most:
+            raise SceneError(
+                f"its zero border takes {height * width // 8} bytes ({height} x {width} px), more than "
+                f"run.max_block_bytes {most}; raise that, or set modality.nodata instead of zero_border"
+            )
+        _borders[key] = find_border(reader.numbers, height, width, _border_rows(reader))
+        while len(_borders) > 1 and sum(map(_mask_bytes, _borders.values())) > most:
             _borders.popitem(last=False)
     return _borders[key]
+
+
+def _border_rows(reader: _SetReader) -> int:
+    pixel = np.dtype(reader.band_set.dtype).itemsize * len(reader.band_set.bands) + _LABEL_BYTES
+    return max(1, min(_BORDER_ROWS, _BORDER_BYTES // (pixel * reader.grid.width)))
+
+
+def _mask_bytes(mask: BorderMask) -> int:
+    return 0 if mask.bits is None else mask.bits.nbytes

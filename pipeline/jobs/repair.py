@@ -4,15 +4,17 @@ Every batch is planned as it was, on top of the batches before it; of its shards
 object run again, and an object is written only if its sha256 is the committed one.
 """
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline.errors import ArchiveError, IntegrityError
-from pipeline.jobs.cluster import Observer, run_tasks
+from pipeline.jobs.engine import run_tasks
 from pipeline.jobs.known import Known, content_of, damage_of, known_objects
 from pipeline.jobs.lost_commits import derived_commits
 from pipeline.jobs.manifest import encode_manifest
+from pipeline.jobs.observer import Observer
 from pipeline.jobs.outcome import batch_table
 from pipeline.jobs.prepare import begin_ledger
 from pipeline.jobs.resume import State, check_same_config, new_files
@@ -46,7 +48,9 @@ class Repaired:
     left: tuple[str, ...] = ()
 
 
-def readable_state(archive: str, objects: Objects, config: PreprocessConfig) -> tuple[State, int]:
+def readable_state(
+    archive: str, objects: Objects, config: PreprocessConfig, observer: Observer
+) -> tuple[State, int]:
     """The state of a store, and how many commits and ledgers were restored so that it can be read.
 
     Raises IntegrityError where they cannot be restored.
@@ -62,7 +66,7 @@ def readable_state(archive: str, objects: Objects, config: PreprocessConfig) -> 
         chain = read_chain(objects)
         number = _restore_commits(objects, chain)
         assert chain.newest is not None
-        number += _restore_ledgers(archive, objects, chain.newest, config)
+        number += _restore_ledgers(archive, objects, chain.newest, config, observer)
     return State.read(objects), number
 
 
@@ -258,14 +262,19 @@ def _remade(
 ) -> Iterator[dict[str, Any]]:
     """Ledger rows of shards that are made again, by workers where that is worth it."""
     observer.planned(sum(len(task.rows) for task in tasks), 0)
-    rows: Iterator[dict[str, Any]]
     if run.scheduler is None and len(tasks) <= _IN_PROCESS_SHARDS:
-        rows = map(process_shard, tasks)
-    else:
-        rows = run_tasks(process_shard, iter(tasks), len(tasks), run, objects.location)
-    for row in rows:
-        observer.shard_done(len(job.plan.tile_range(row["shard"])))
-        yield row
+        for task in tasks:
+            yield process_shard(task)
+            observer.shard_done(len(task.rows))
+        return
+    results = run_tasks(
+        process_shard, iter(tasks), len(tasks), run, objects.location, observer, job.access.roots
+    )
+    with contextlib.closing(results) as batches:
+        for rows in batches:
+            for row in rows:
+                observer.shard_done(len(job.plan.tile_range(row["shard"])))
+            yield from rows
 
 
 def _check_made(objects: Objects, row: dict[str, Any], wanted: dict[str, Any]) -> None:
@@ -282,7 +291,11 @@ def _write_known(objects: Objects, name: str, content: bytes, what: dict[str, An
 
 
 def _restore_ledgers(
-    archive: str, objects: Objects, commit: Commit, config: PreprocessConfig
+    archive: str,
+    objects: Objects,
+    commit: Commit,
+    config: PreprocessConfig,
+    observer: Observer,
 ) -> int:
     """Write damaged ledgers of a commit again; their number."""
     found = [_ledger(objects, batch) for batch in commit.batches]
@@ -292,7 +305,7 @@ def _restore_ledgers(
             continue
         before = History(tuple(ledger for ledger in found[:position] if ledger is not None))
         later = History(tuple(ledger for ledger in found[position + 1 :] if ledger is not None))
-        lost = _LostLedger(archive, objects, commit, batch, before, later, config)
+        lost = _LostLedger(archive, objects, commit, batch, before, later, config, observer)
         found[position] = lost.restored()
         number += 1
     return number
@@ -315,6 +328,7 @@ class _LostLedger:
     before: History
     later: History
     config: PreprocessConfig
+    observer: Observer
 
     def restored(self) -> Ledger:
         """Plan the batch and make all of its shards again, without writing them; then write the ledger."""
@@ -325,7 +339,7 @@ class _LostLedger:
             ledger = begin_ledger(job, self.batch.number)
             nothing: dict[int, dict[str, Any]] = {shard: {} for shard in self.batch.shards}
             tasks = _tasks(self.objects, job, self.commit.header, nothing, excluded)
-            for row in _remade(tasks, self.objects, self.config.run, job, _Unwatched()):
+            for row in _remade(tasks, self.objects, self.config.run, job, self.observer):
                 ledger.shards[row["shard"]] = {key: row[key] for key in _ROW}
             content = ledger.canonical()
             if {"path": self._name, **entry(content)} == self.batch.ledger:
@@ -371,9 +385,3 @@ class _LostLedger:
         return replace(
             job, files={key: known.get(key, f) if key in later else f for key, f in kept.items()}
         )
-
-
-class _Unwatched:
-    def planned(self, num_tiles: int, done_tiles: int) -> None: ...
-
-    def shard_done(self, tiles: int) -> None: ...

@@ -3,13 +3,15 @@
 Like preprocessing, one task per shard: resumable, and committed in one atomic step at the end.
 """
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Generator
 from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline.calibrate import store_curve
 from pipeline.errors import ConfigError, StoreError
-from pipeline.jobs.cluster import Observer, run_tasks
+from pipeline.jobs.engine import run_tasks
+from pipeline.jobs.observer import Observer
 from pipeline.jobs.prepare import write_metadata
 from pipeline.jobs.recut import repartition_shard, repartition_task
 from pipeline.jobs.repair import Repaired
@@ -176,10 +178,15 @@ def _complete(
     left = sum(len(places.shard_tiles(shard)) for shard in todo)
     observer.planned(places.num_tiles, places.num_tiles - left)
     head = next(iter(ledgers.values())).head
-    for row in _rows(store, layout, head, rule, places, todo, run):
-        lock.check()
-        of_shard[row["shard"]].append(objects, [row])
-        observer.shard_done(len(places.shard_tiles(row["shard"])))
+    results = _rows(store, layout, head, rule, places, todo, run, observer)
+    with contextlib.closing(results) as batches:
+        for rows in batches:
+            lock.check()
+            for ledger in ledgers.values():
+                own = [row for row in rows if of_shard[row["shard"]] is ledger]
+                ledger.append(objects, own)
+            for row in rows:
+                observer.shard_done(len(places.shard_tiles(row["shard"])))
     lock.check()
     _commit(store, layout, head, ledgers)
     return len(todo)
@@ -252,7 +259,8 @@ def _rows(
     places: Places,
     todo: list[int],
     run: RunConfig,
-) -> Iterator[dict[str, Any]]:
+    observer: Observer,
+) -> Generator[list[dict[str, Any]]]:
     """Ledger rows of the shards to do, from workers or from this process."""
     listed = head["thresholds"]
     thresholds = None if listed is None else tuple(float(t) for t in listed)
@@ -261,8 +269,8 @@ def _rows(
         for shard in todo
     )
     if _in_process(run, len(todo), sum(len(places.shard_tiles(k)) for k in todo), layout):
-        return map(repartition_shard, tasks)
-    return run_tasks(repartition_shard, tasks, len(todo), run, store.location)
+        return ([repartition_shard(task)] for task in tasks)
+    return run_tasks(repartition_shard, tasks, len(todo), run, store.location, observer)
 
 
 def _in_process(run: RunConfig, num_shards: int, num_tiles: int, layout: StoreLayout) -> bool:

@@ -108,15 +108,12 @@ def check_same_config(location: str, header: dict[str, Any], config: DataConfig)
 def check_same_files(location: str, history: History, found: Files) -> None:
     """Raise ArchiveError if the archive's files are not those of the store.
 
-    A batch that was appended from another archive has none of its files in this one.
+    A batch that was made from another archive has none of its files in this one.
     """
     known = history.fingerprints()
-    here: Files = {}
-    for ledger in history.ledgers:
-        own = ledger.fingerprints()
-        if ledger is history.ledgers[0] or own.keys() & found.keys():
-            here |= {key: known[key] for key in own}
-    _compare(location, here, found)
+    of_batches = [ledger.fingerprints() for ledger in history.ledgers]
+    here = [own for own in of_batches if own.keys() & found.keys()] or of_batches[:1]
+    _compare(location, {key: known[key] for own in here for key in own}, found)
 
 
 def check_same_batch(location: str, ledger: Ledger, history: History, found: Files) -> None:

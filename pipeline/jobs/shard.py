@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,8 @@ from pipeline.storage.partitions import DEFAULT_PARTITION, partition_path
 
 # A window read at once stays below this, whatever the width of the scene.
 _WINDOW_BYTES = 128 * 2**20
+# Of every pixel of a window, beside its bands: what is valid, cloud, nodata, masked; scores from outside.
+_FLAG_BYTES, _SCORE_BYTES = 6, 16
 # Tiles of a scene whose pixels are compared with its processing baseline.
 _BASELINE_SAMPLE_TILES = 16
 
@@ -154,6 +156,15 @@ def process_shard(task: ShardTask) -> dict[str, Any]:
     return {"shard": task.shard, **vars(outcome)}
 
 
+def try_scene(task: ShardTask, scene_id: str) -> None:
+    """Read and score the frames of one scene of a shard, and write nothing."""
+    others = {s.id: "" for m in task.modalities for s in m.scenes if s.id != scene_id}
+    alone = replace(task, excluded=others)
+    for modality in task.modalities:
+        if any(scene.id == scene_id for scene in modality.scenes):
+            _fill(alone, modality, _empty_blocks(modality.layout), _Outcome())
+
+
 def _fill(
     task: ShardTask, modality: ModalityTask, blocks: dict[str, np.ndarray], outcome: _Outcome
 ) -> dict[int, list[float]]:
@@ -257,7 +268,7 @@ def _read_tiles(
 ) -> Iterator[tuple[int, TilePixels]]:
     """Slot and pixels of each frame of a scene, from few large block-aligned windows."""
     with scene_reader(scene, source) as read:
-        for members, rows, cols in _strips(task, scene, source.layout, frames):
+        for members, rows, cols in _strips(task, scene, source, frames):
             strip = read(rows, cols)
             for slot, tile in zip(members["slot"].tolist(), members["tile"].tolist(), strict=True):
                 row, col = int(task.rows[tile]) - rows[0], int(task.cols[tile]) - cols[0]
@@ -265,23 +276,27 @@ def _read_tiles(
 
 
 def _strips(
-    task: ShardTask, scene: Scene, layout: StoreLayout, frames: np.ndarray
+    task: ShardTask, scene: Scene, source: SceneSource, frames: np.ndarray
 ) -> Iterator[tuple[np.ndarray, tuple[int, int], tuple[int, int]]]:
     """Groups of frames with the tile rows and columns (half-open) of the window that covers them.
 
     Tiles come grouped by blocks (`pipeline.planning.plan.tile_order`). A strip is a run of them inside one
     row of blocks, cut where its window would grow beyond `_WINDOW_BYTES`.
     """
+    layout = source.layout
+    external = isinstance(source.settings.scoring, ExternalConfig)
+    beside = _FLAG_BYTES + _SCORE_BYTES * external
     block_rows = asset_of(scene, layout.bands[0])[0].block_shape[0]
     group_rows = max(1, block_rows // layout.band_sets[0].tile_size_px)
     rows, cols = task.rows[frames["tile"]], task.cols[frames["tile"]]
+    tile_bytes = layout.frame_bytes + layout.band_sets[0].tile_size_px ** 2 * beside
     start = 0
     for end in range(1, len(frames) + 1):
         grown = slice(start, end + 1)
         if end < len(frames):
             same_blocks = rows[end] // group_rows == rows[start] // group_rows
             area = (np.ptp(rows[grown]) + 1) * (np.ptp(cols[grown]) + 1)
-            if same_blocks and int(area) * layout.frame_bytes <= _WINDOW_BYTES:
+            if same_blocks and int(area) * tile_bytes <= _WINDOW_BYTES:
                 continue
         yield frames[start:end], _extent(rows[start:end]), _extent(cols[start:end])
         start = end

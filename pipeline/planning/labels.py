@@ -21,6 +21,7 @@ from pipeline.georef import canonical_crs
 from pipeline.locations import check_allowed, is_url, signed
 from pipeline.planning.footprints import LONLAT, transformed
 from pipeline.planning.splits import values_by_scene
+from pipeline.readers.gates import refuse_wide_rows
 from pipeline.scenes import Access, Scene
 from pipeline.settings.config import LabelsConfig
 
@@ -151,6 +152,8 @@ def _read(file: str, access: Access, column: str) -> _Shapes:
                     f"{file}: has no column {column!r} of classes, which labels.column names; beside the "
                     f"geometry it has {', '.join(map(repr, others)) or 'none'}"
                 )
+            own, rows = {geometry, column}, parquet.metadata.num_rows
+            refuse_wide_rows(parquet.metadata, own, rows, access.max_block_bytes)
             table = parquet.read(columns=[geometry, column])
             shapes = shapely.from_wkb(
                 table[geometry].combine_chunks().to_numpy(zero_copy_only=False)

@@ -17,6 +17,8 @@ from pipeline.locations import reason_of
 
 # Coordinates are read whole while planning; nobody has longer ones.
 MAX_COORDINATE_LENGTH = 2**24
+# Bytes that such a coordinate may take, however wide its type.
+_MAX_COORDINATE_BYTES = 2**28
 # Objects of one file or store that are listed at most.
 MAX_MEMBERS = 20_000
 # What one read takes of an array that is not chunked.
@@ -120,9 +122,10 @@ def read_whole(file: ArrayFile, path: str) -> np.ndarray:
     if header is None:
         raise SceneError(f"has no array {path}")
     count = math.prod(header.shape)
-    if count > MAX_COORDINATE_LENGTH:
+    if count > MAX_COORDINATE_LENGTH or count * header.stored.itemsize > _MAX_COORDINATE_BYTES:
         raise SceneError(
-            f"its coordinate {path} has {count} values; at most {MAX_COORDINATE_LENGTH} are read"
+            f"its coordinate {path} has {count} values; at most {MAX_COORDINATE_LENGTH} are read, of "
+            f"{_MAX_COORDINATE_BYTES} bytes in all"
         )
     file.check(path)
     blocks = [-(-n // size) for n, size in zip(header.shape, header.block_shape, strict=True)]

@@ -312,5 +312,5 @@ def _opener(href: str, access: Access) -> AbstractContextManager[ArrayFile]:
     if magic == b"\x89HDF\r\n\x1a\n":
         return open_hdf5(href, access)
     if magic[:4] in (b"CDF\x01", b"CDF\x02"):
-        return open_netcdf3(href)
+        return open_netcdf3(href, access)
     raise SceneError("is no netCDF file (HDF5, classic or 64-bit offset) by its first bytes")

@@ -104,8 +104,8 @@ class Hdf5File:
                 f"its array {path} holds {dataset.shape} of the {header.shape} numbers that its dimensions "
                 "promise; write the rest of it"
             )
-        if dataset.chunks is not None:
-            refuse_large_block(path, dataset.chunks, dataset.dtype.itemsize, self._max_block_bytes)
+        size = dataset.dtype.itemsize
+        refuse_large_block(path, header.block_shape, size, self._max_block_bytes)
 
     @scene_errors()
     def block(self, path: str, index: tuple[int, ...]) -> np.ndarray | None:

@@ -9,20 +9,22 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
 import rasterio
+from rasterio._err import CPLE_BaseError
 from rasterio.enums import ColorInterp, MaskFlags
-from rasterio.errors import NotGeoreferencedWarning, RasterioError
+from rasterio.errors import CRSError, NotGeoreferencedWarning, RasterioError
 from rasterio.io import DatasetReader
 from rasterio.windows import Window as RasterWindow
 
 from pipeline.errors import SceneError
 from pipeline.georef import canonical_crs
 from pipeline.locations import check_allowed, is_url, signed
+from pipeline.readers.gates import check_jpeg, check_tiff, refuse_many_bands, refuse_special_file
 from pipeline.scenes import Access, Asset, Grid, Window
 
 DRIVERS = {
@@ -34,6 +36,8 @@ DRIVERS = {
     ".jp2": "JP2OpenJPEG",
 }
 SUFFIXES = tuple(DRIVERS)
+# What a damaged file makes rasterio raise: not all of GDAL's errors reach it in errors of its own.
+_RASTER_ERRORS = (RasterioError, CRSError, CPLE_BaseError, OSError, UnicodeError, MemoryError)
 # GDAL's own cache holds the blocks that neighbouring windows share; its default is 5 % of the host.
 GDAL_OPTIONS = {
     "GDAL_CACHEMAX": 128 * 2**20,
@@ -71,11 +75,14 @@ class RasterHeader:
 
 def read_header(href: str, access: Access) -> RasterHeader:
     """Header of a raster; SceneError if it cannot be opened or must not be read."""
+    check_allowed(href, access)
+    _check_before_opening(href, _driver(href, access), access.max_block_bytes)
     with open_raster(href, access) as raster:
         types = set(raster.dtypes)
         if len(types) != 1:
             raise SceneError(f"its bands have several types {sorted(types)}; expected one")
         (dtype,) = types
+        refuse_many_bands(raster.count)
         # GDAL has complex types that NumPy has no name for.
         if not dtype.startswith(("uint", "int", "float")):
             raise SceneError(f"its pixels are {dtype}; expected real numbers")
@@ -98,18 +105,35 @@ def read_header(href: str, access: Access) -> RasterHeader:
         )
 
 
+def _check_before_opening(href: str, driver: str, budget: int) -> None:
+    # What is not there, GDAL says in its own words.
+    if is_url(href) or not Path(href).exists():
+        return
+    with _raster_errors():
+        refuse_special_file(href)
+        if driver == "GTiff":
+            check_tiff(href, budget)
+        elif driver == "JPEG":
+            check_jpeg(href, budget)
+
+
 @contextmanager
 def open_raster(href: str, access: Access) -> Iterator[DatasetReader]:
     """A raster, by an allowed driver only; every failure inside becomes a SceneError."""
     check_allowed(href, access)
     driver = _driver(href, access)
+    with _raster_errors(), rasterio.Env(**GDAL_OPTIONS), warnings.catch_warnings():
+        # A scene without georeference is legitimate; its header says so.
+        warnings.simplefilter("ignore", NotGeoreferencedWarning)
+        with rasterio.open(signed(href, access), driver=driver) as raster:
+            yield raster
+
+
+@contextmanager
+def _raster_errors() -> Iterator[None]:
     try:
-        with rasterio.Env(**GDAL_OPTIONS), warnings.catch_warnings():
-            # A scene without georeference is legitimate; its header says so.
-            warnings.simplefilter("ignore", NotGeoreferencedWarning)
-            with rasterio.open(signed(href, access), driver=driver) as raster:
-                yield raster
-    except (RasterioError, OSError) as error:
+        yield
+    except _RASTER_ERRORS as error:
         raise SceneError(_reason(error)) from None
 
 

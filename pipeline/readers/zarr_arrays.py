@@ -24,6 +24,7 @@ from pipeline.readers.array_base import (
     scene_errors,
 )
 from pipeline.readers.chunks import Codec, decode, reason, unpack
+from pipeline.readers.gates import refuse_large_document
 from pipeline.readers.zarr_metadata import (
     Document,
     ZarrLayout,
@@ -264,6 +265,10 @@ class ZarrFile:
         key = key.removeprefix("/")
         if key not in self._documents and not self._complete:
             content = self._objects.read(key, 0, None, _MAX_DOCUMENT_BYTES)
+            if content is not None:
+                refuse_large_document(
+                    content, self._max_block_bytes, f"its metadata document {key}"
+                )
             self._documents[key] = None if content is None else _parsed(key, content)
         return self._documents.get(key)
 

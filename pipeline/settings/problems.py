@@ -15,6 +15,7 @@ from pydantic import BaseModel, Tag, ValidationError
 from pydantic.fields import FieldInfo
 
 from pipeline.scorers.config import SCORER_NAMES
+from pipeline.settings.cluster import CLUSTER_KINDS
 from pipeline.settings.modality import ModalityConfig
 
 _NAME = "expected a letter, then up to 63 letters, digits or _"
@@ -32,6 +33,11 @@ _EXPECTED = {
     "int_from_float": "expected a whole number",
     "float_type": "expected a number",
     "float_parsing": "expected a number",
+}
+# The key that chooses the form of a section, and its values.
+_CHOSEN_BY: dict[str | int, tuple[str, tuple[str, ...]]] = {
+    "scoring": ("scorer", SCORER_NAMES),
+    "cluster": ("kind", CLUSTER_KINDS),
 }
 # What these report can be mended elsewhere, so that it counts only once a configuration is complete.
 WHOLE = ("value_error", "missing")
@@ -94,10 +100,11 @@ def _problem(item: dict[str, Any], model: type[BaseModel], content: Mapping[str,
         case "missing":
             return f"{trail} is not given; expected the {expected[:1].lower()}{expected[1:]}"
         case "union_tag_invalid":
-            tag = item["ctx"]["tag"]
-            return (
-                f"{trail}.scorer is {tag!r:.80}; {_nearest(tag, SCORER_NAMES, 'expected one of')}"
-            )
+            tag, (key, tags) = item["ctx"]["tag"], _CHOSEN_BY[trail.keys[-1]]
+            return f"{trail}.{key} is {tag!r:.80}; {_nearest(tag, tags, 'expected one of')}"
+        case "union_tag_not_found":
+            key, tags = _CHOSEN_BY[trail.keys[-1]]
+            return f"{trail}.{key} is not given; expected one of {', '.join(tags)}"
         case "string_pattern_mismatch" | "string_too_long" if is_key:
             return f"{trail.parent}: {given} cannot be a name; {_NAME}"
         case _ if is_key or item["type"] == "invalid_key":

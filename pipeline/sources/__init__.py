@@ -4,16 +4,19 @@ A source is imported when it is used, so that a library that only one of them ne
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
 import fsspec
 
-from pipeline.errors import ArchiveError, ConfigError
+from pipeline.errors import ArchiveError, ConfigError, SceneError
 from pipeline.locations import as_root, is_url, signed
+from pipeline.readers.gates import refuse_many_pixels
 from pipeline.scenes import Access, Listing
 from pipeline.settings.modality import ModalityConfig
 from pipeline.settings.run import RunConfig
+from pipeline.sources.checksums import checksum_file, with_checksums
 from pipeline.sources.files import below, is_file, require, split_glob, suffix
 
 _SEARCH = "stac+"
@@ -38,7 +41,9 @@ def archive_access(archive: str, run: RunConfig) -> Access:
         roots=(root, *map(as_root, run.allow)),
         drivers=drivers,
         max_block_bytes=run.max_block_bytes,
+        max_scene_px=run.max_scene_px,
         sign=run.sign,
+        checksums=run.checksums,
     )
 
 
@@ -53,9 +58,11 @@ def list_scenes(archive: str, modality: ModalityConfig, access: Access) -> Listi
     location, root = _locate(archive, modality, access)
     try:
         list_source, _ = _source(location, access)
-        return list_source(location, root, modality, access)
+        listing = list_source(location, root, modality, access)
     except ImportError as error:
         raise _missing(location, error) from None
+    listing = _of_bounded_size(listing, access)
+    return listing if access.checksums is None else with_checksums(listing, root, access)
 
 
 def source_files(archive: str, modality: ModalityConfig, access: Access) -> dict[str, str]:
@@ -63,7 +70,7 @@ def source_files(archive: str, modality: ModalityConfig, access: Access) -> dict
     location, root = _locate(archive, modality, access)
     try:
         _, files_of = _source(location, access)
-        return files_of(location, root, modality, access)
+        return {**files_of(location, root, modality, access), **checksum_file(root, access)}
     except ImportError as error:
         raise _missing(location, error) from None
 
@@ -80,6 +87,21 @@ def _source(location: str, access: Access) -> tuple[_List, _FilesOf]:
     from pipeline.sources import folder
 
     return folder.list_folder, folder.files_of
+
+
+def _of_bounded_size(listing: Listing, access: Access) -> Listing:
+    """The listing without scenes of too many pixels, whichever header or catalogue states them."""
+    scenes, refused = [], dict(listing.refused)
+    for scene in listing.scenes:
+        try:
+            for asset in scene.assets:
+                refuse_many_pixels(asset.grid.height, asset.grid.width, access.max_scene_px)
+            scenes.append(scene)
+        except SceneError as error:
+            refused[scene.id] = str(error)
+    if len(scenes) == len(listing.scenes):
+        return listing
+    return replace(listing, scenes=tuple(scenes), refused=dict(sorted(refused.items())))
 
 
 def _is_catalogue(location: str) -> bool:

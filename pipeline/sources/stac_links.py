@@ -23,10 +23,10 @@ from pipeline.locations import (
     reason_of,
     signed,
 )
+from pipeline.readers.gates import read_regular, refuse_large_document, refuse_special_file
 from pipeline.readers.rasters import DRIVERS
 from pipeline.scenes import Access
 
-MAX_DOCUMENT_BYTES = 2**30
 # What a file gets as fingerprint while it does not exist.
 ABSENT = "absent"
 _MAX_HREF_CHARACTERS = 4096
@@ -121,6 +121,7 @@ def read_json(location: str, access: Access) -> Any:
     The caller has checked that it may be opened. Servers that send one elsewhere are not followed.
     """
     content = _read_bytes(location, access)
+    refuse_large_document(content, access.max_block_bytes, location)
     try:
         return json.loads(content)
     except RecursionError:
@@ -135,6 +136,7 @@ def open_binary(location: str, access: Access) -> Any:
     """A local or remote file to read from, as a context. Raises whatever its file system does."""
     address = signed(location, access)
     if not is_url(address):
+        refuse_special_file(address)
         return Path(address).open("rb")
     options = {"allow_redirects": False} if address.startswith(("http:", "https:")) else {}
     return fsspec.open(address, "rb", **options)
@@ -153,15 +155,20 @@ def fingerprint_of(location: str, access: Access) -> str:
 
 def _read_bytes(location: str, access: Access) -> bytes:
     try:
+        if not is_url(location):
+            return read_regular(location, access.max_block_bytes, "run.max_block_bytes")
         with open_binary(location, access) as file:
-            content = bytes(file.read(MAX_DOCUMENT_BYTES + 1))
+            content = bytes(file.read(access.max_block_bytes + 1))
     except ImportError:
         raise
+    except SceneError as error:
+        raise SceneError(f"{location} {error}") from None
     except Exception as error:
         raise SceneError(f"{location} cannot be read: {reason_of(error)}") from None
-    if len(content) > MAX_DOCUMENT_BYTES:
+    if len(content) > access.max_block_bytes:
         raise SceneError(
-            f"{location} has more than {MAX_DOCUMENT_BYTES} bytes; give such a catalogue as stac-geoparquet"
+            f"{location} has more bytes than run.max_block_bytes {access.max_block_bytes}; raise that, or "
+            "give such a catalogue as stac-geoparquet"
         )
     return content
 

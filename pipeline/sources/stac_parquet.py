@@ -13,7 +13,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.errors import ArchiveError
+from pipeline.errors import ArchiveError, SceneError
+from pipeline.readers.gates import refuse_wide_rows
 from pipeline.scenes import Access
 from pipeline.sources.stac_facts import (
     BAND_FIELDS,
@@ -39,10 +40,13 @@ def parquet_items(location: str, access: Access) -> Iterator[dict[str, Any]]:
         with open_binary(location, access) as source:
             table = pq.ParquetFile(source)
             columns = _columns(location, table)
+            refuse_wide_rows(table.metadata, set(columns), BATCH_ROWS, access.max_block_bytes)
             for batch in table.iter_batches(batch_size=BATCH_ROWS, columns=columns):
                 yield from _items(batch)
     except (ImportError, ArchiveError):
         raise
+    except SceneError as error:
+        raise ArchiveError(f"{location} {error}") from None
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise ArchiveError(f"{location} cannot be read as stac-geoparquet: {reason}") from None

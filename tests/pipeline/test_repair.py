@@ -244,4 +244,4 @@ def test_random_damage_of_several_objects_is_mended(made, store):
             cut_lean(store)
         assert verify(store).intact
         assert_same_bytes(made / "store", store)
-    print(f"{mended} objects damaged at once, 6 at a time: all mended")  # noqa: T201
+    print(f"{mended} objects damaged at once, 6 at a time: all mended")

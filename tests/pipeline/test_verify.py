@@ -115,7 +115,7 @@ def hunt(store: Path, number: int) -> dict[str, int]:
 )
 def test_no_flipped_byte_is_silent(store, number):
     counts = hunt(store, number)
-    print(f"{number} flipped bytes: {', '.join(f'{n} {what}' for what, n in counts.items())}")  # noqa: T201
+    print(f"{number} flipped bytes: {', '.join(f'{n} {what}' for what, n in counts.items())}")
     assert counts["found"] == number
     assert counts["silent on read"] == counts["missed"] == 0
     assert verify(store).intact
@@ -155,7 +155,7 @@ def test_every_harmed_file_is_found(store, harm):
         harm(store / name)
         assert is_found(store, name)
         (store / name).write_bytes(before)
-    print(f"{len(names)} files {harm.__name__.strip('_')}: all found")  # noqa: T201
+    print(f"{len(names)} files {harm.__name__.strip('_')}: all found")
 
 
 def test_swapped_shards_are_found(store):
@@ -175,7 +175,7 @@ def test_swapped_shards_are_found(store):
         one.write_bytes(contents[0])
         two.write_bytes(contents[1])
         swapped += 1
-    print(f"{swapped} pairs of shards swapped: all found")  # noqa: T201
+    print(f"{swapped} pairs of shards swapped: all found")
     assert swapped >= 8
 
 
@@ -196,7 +196,7 @@ def test_stale_objects_are_found(store, tmp_path):
         assert name in {damage.name for damage in verify(store).damaged}
         (store / name).write_bytes(before)
         stale += 1
-    print(f"{stale} stale objects: all found")  # noqa: T201
+    print(f"{stale} stale objects: all found")
     assert stale > 10
 
 

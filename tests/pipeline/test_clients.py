@@ -1,0 +1,532 @@
+"""Clients of local workers, of schedulers started by hand, plain and over TLS, and of batch queues."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dask_processes import dask_processes
+from pipeline.errors import ConfigError, StoreError
+from pipeline.jobs import clients
+from pipeline.jobs.clients import client_of, security_of
+from pipeline.jobs.hosts import local_paths, require_seen
+from pipeline.jobs.job import run_job
+from pipeline.jobs.process import ENVIRONMENT
+from pipeline.jobs.queues import batch_cluster, cluster_of, cluster_spec
+from pipeline.settings.cluster import (
+    BatchConfig,
+    ClusterConfig,
+    KubernetesConfig,
+    LsfConfig,
+    PbsConfig,
+    SlurmConfig,
+    TlsConfig,
+)
+from pipeline.settings.config import PreprocessConfig
+from pipeline.settings.loading import load_config
+from pipeline.settings.run import RunConfig
+from support import Watching, assert_same_bytes, save_scene, textured
+
+ROOT = Path(__file__).parents[2]
+SMALL = (
+    "store.tile_size_px=32",
+    "store.shard_tiles=4",
+    "modality.value_range=[0, 10000]",
+    "partition.thresholds=[1.5, 2.5]",
+)
+SLURM = "kind: slurm, jobs: 2, cores: 2, memory: 8GiB, walltime: '01:00:00'"
+
+
+def settings(*overrides: str) -> PreprocessConfig:
+    return load_config(PreprocessConfig, None, [*SMALL, *overrides])
+
+
+def run(archive: Path, store: Path, *overrides: str):
+    return run_job(str(archive), store, settings(*overrides), Watching())
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("archive")
+    save_scene(folder / "a.tif", textured((3, 100, 150), seed=1), compress="deflate")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def store(archive, tmp_path_factory):
+    """The archive preprocessed by one local worker."""
+    path = tmp_path_factory.mktemp("store") / "local"
+    run(archive, path, "run.workers=1")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("setting", "complaint"),
+    [
+        ("{workers: 2, scheduler: 'tcp://a:1'}", "run.workers has no effect beside run.scheduler"),
+        (f"{{workers: 2, cluster: {{{SLURM}}}}}", "run.workers has no effect beside run.cluster"),
+        (
+            f"{{scheduler: 'tcp://a:1', cluster: {{{SLURM}}}}}",
+            "run.scheduler has no effect beside run.cluster",
+        ),
+        (
+            f"{{worker_memory: 4GiB, cluster: {{{SLURM}}}}}",
+            "run.worker_memory has no effect beside run.cluster",
+        ),
+        (
+            "{worker_memory: 4GiB, scheduler: 'tcp://a:1'}",
+            "run.worker_memory has no effect beside run.scheduler",
+        ),
+        ("{worker_memory: 4G}", "'4G' is no amount of memory; expected one such as 4GiB"),
+        ("{tls: {ca_file: a, cert_file: b, key_file: c}}", "run.tls has no effect without"),
+        (
+            "{tls: {ca_file: a, cert_file: b, key_file: c}, scheduler: 'tcp://a:1'}",
+            "run.tls has no effect with run.scheduler tcp://a:1; expected a tls:// address",
+        ),
+        (
+            "{tls: {ca_file: a, cert_file: b, key_file: c}, "
+            "cluster: {kind: kubernetes, workers: 1, memory: 4GiB, image: i}}",
+            "run.tls has no effect with a cluster of kind kubernetes",
+        ),
+        ("{cluster: {kind: sge}}", "cluster.kind is 'sge'; expected one of slurm, pbs, lsf, kub"),
+        ("{cluster: {jobs: 2}}", "cluster.kind is not given; expected one of slurm, pbs"),
+        (f"{{cluster: {{{SLURM}, project: x}}}}", "unknown key 'run.cluster.project'"),
+        (f"{{cluster: {{{SLURM}, image: x}}}}", "unknown key 'run.cluster.image'"),
+        (
+            f"{{cluster: {{{SLURM}, wait_s: 0}}}}",
+            "run.cluster.wait_s is 0; input should be greater",
+        ),
+        (f"{{cluster: {{{SLURM}, directives: ['a\\nb']}}}}".replace("'", '"'), "several lines"),
+        (
+            "{cluster: {kind: lsf, jobs: 2, cores: 2, memory: 8GiB, walltime: '01:00:00'}}",
+            "walltime is '01:00:00'; expected HH:MM in quotes",
+        ),
+        (
+            "{cluster: {kind: kubernetes, workers: 1, memory: 4GiB, image: i, queue: q}}",
+            "unknown key 'run.cluster.queue'",
+        ),
+        (
+            "{cluster: {kind: kubernetes, workers: 1, memory: 4GiB, image: i, volumes: {d: c}}}",
+            "volumes: 'd' is no absolute path",
+        ),
+        (
+            "{cluster: {kind: kubernetes, workers: 1, memory: 4GiB, image: i, env: {a b: c}}}",
+            "env: 'a b' cannot name an environment variable",
+        ),
+    ],
+)
+def test_settings_without_effect_are_refused(setting, complaint):
+    with pytest.raises(ConfigError, match=re.escape(complaint)):
+        load_config(PreprocessConfig, None, [f"run={setting}"])
+
+
+def described(model: type[ClusterConfig]) -> list[str]:
+    """Rows of the configuration page on one kind of cluster."""
+    return [
+        f"| `run.cluster.{name}` | {'required' if field.is_required() else field.default} | "
+        f"{field.description} |"
+        for name, field in model.model_fields.items()
+    ]
+
+
+@pytest.mark.parametrize("model", [SlurmConfig, PbsConfig, LsfConfig, KubernetesConfig])
+def test_the_configuration_page_lists_every_cluster_setting(model):
+    kind = model.model_fields["kind"].annotation.__args__[0]
+    page = (ROOT / "docs" / "configuration.md").read_text()
+    heading = "### Kubernetes" if kind == "kubernetes" else "### Batch queues"
+    listed = page.split(heading)[1].split("\n##")[0]
+    for row in described(model):
+        assert row in listed
+
+
+def test_local_workers_have_the_memory_and_threads_they_are_given():
+    with client_of(RunConfig(workers=1, worker_memory="1.5GiB"), num_tasks=3) as client:
+        (facts,) = client.scheduler_info(n_workers=-1)["workers"].values()
+        (environment,) = client.run(lambda: dict(os.environ)).values()
+    assert (facts["memory_limit"], facts["nthreads"]) == (1.5 * 2**30, 1)
+    assert ENVIRONMENT.items() <= environment.items()
+
+
+# Versions and files of workers elsewhere
+
+
+@pytest.fixture(scope="module")
+def dask(tmp_path_factory):
+    with dask_processes(tmp_path_factory.mktemp("dask") / "processes") as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def other_version(tmp_path_factory):
+    """A folder that makes another version of aptile out of this one."""
+    folder = tmp_path_factory.mktemp("other")
+    facts = folder / "aptile-9.9.dist-info"
+    facts.mkdir()
+    (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: aptile\nVersion: 9.9\n")
+    return folder
+
+
+def path_of(*folders: Path) -> dict[str, str]:
+    return {"PYTHONPATH": os.pathsep.join(map(str, folders))}
+
+
+def test_a_worker_of_another_version_is_named(dask, other_version):
+    address = dask.scheduler()
+    dask.worker(address, env=path_of(other_version, ROOT))
+    with (
+        pytest.raises(StoreError, match=r"^worker tcp://\S+ has aptile 9\.9, here it is [0-9.]+; "),
+        client_of(RunConfig(scheduler=address), 1),
+    ):
+        pass
+
+
+def test_a_worker_that_does_not_see_the_files_is_named(dask, tmp_path, monkeypatch):
+    # Both processes look at the same path and see different folders, like hosts without a shared one.
+    for place in ("here", "there"):
+        (tmp_path / place / "store").mkdir(parents=True)
+    (tmp_path / "here" / "archive").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setattr("pipeline.jobs.hosts._SEEN_WITHIN_S", 0.5)
+    address = dask.scheduler()
+    dask.worker(address, env=path_of(ROOT), cwd=tmp_path / "there")
+    seen, unseen = "/proc/self/cwd/store", "/proc/self/cwd/archive"
+    asked = RunConfig(scheduler=address)
+    with (
+        pytest.raises(StoreError, match=rf"^worker tcp://\S+ does not see {unseen}; give a path"),
+        client_of(asked, 1, reads=["s3://bucket/archive", unseen]),
+    ):
+        pass
+    with (
+        pytest.raises(StoreError, match=rf"does not see {seen} as it is here; give a path that"),
+        client_of(asked, 1, seen),
+    ):
+        pass
+    shared = str(tmp_path / "here" / "store")
+    with client_of(asked, 1, shared, reads=[str(tmp_path / "here" / "archive")]) as client:
+        assert client.submit(os.getcwd).result() == str(tmp_path / "there")
+        client.submit(require_seen, (shared, seen)).result()
+        with pytest.raises(
+            StoreError, match=rf"^worker tcp://\S+ does not see {unseen}; give a path"
+        ):
+            client.submit(require_seen, local_paths(["https://a/b", shared, unseen])).result()
+    assert not list(Path(shared).iterdir())
+
+
+def test_a_scheduler_without_workers_is_waited_for_and_then_named(dask, monkeypatch, caplog):
+    monkeypatch.setattr(clients, "_FIRST_WORKER_S", 0.2)
+    address = dask.scheduler()
+    with (
+        pytest.raises(StoreError, match=f"run.scheduler {address}: no worker came within 0.2 s; "),
+        client_of(RunConfig(scheduler=address), 1),
+    ):
+        pass
+    assert "waiting up to 0.2 s for the first worker: `dask worker tcp" in caplog.text
+
+
+# TLS
+
+
+def openssl(*words: object) -> None:
+    subprocess.run(["openssl", *map(str, words)], check=True, capture_output=True)
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory) -> Path:
+    """A throw-away authority (ca.pem), what it signed (cert.pem, key.pem), and a stranger's pair."""
+    folder = tmp_path_factory.mktemp("tls")
+    new_key = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
+    for name in ("ca", "stranger"):
+        openssl(
+            "req", "-x509", *new_key, "-days", 2, "-subj", f"/CN={name}",
+            "-keyout", folder / f"{name}.key", "-out", folder / f"{name}.pem",
+        )  # fmt: skip
+    openssl(
+        "req", *new_key, "-subj", "/CN=aptile", "-keyout", folder / "key.pem",
+        "-out", folder / "request.pem",
+    )  # fmt: skip
+    openssl(
+        "x509", "-req", "-in", folder / "request.pem", "-CA", folder / "ca.pem",
+        "-CAkey", folder / "ca.key", "-set_serial", 1, "-days", 2, "-out", folder / "cert.pem",
+    )  # fmt: skip
+    return folder
+
+
+def tls_of(folder: Path, cert: str = "cert.pem", key: str = "key.pem", ca: str = "ca.pem"):
+    return TlsConfig(
+        ca_file=str(folder / ca), cert_file=str(folder / cert), key_file=str(folder / key)
+    )
+
+
+@pytest.fixture(scope="module")
+def tls_scheduler(dask, certificates):
+    """Address of a scheduler with one worker, both of which speak TLS only."""
+    files = tls_of(certificates)
+    flags = (
+        "--tls-ca-file",
+        files.ca_file,
+        "--tls-cert",
+        files.cert_file,
+        "--tls-key",
+        files.key_file,
+    )
+    address = dask.scheduler("--protocol", "tls", *flags)
+    dask.worker(address, *flags)
+    return address
+
+
+def test_a_job_over_tls_gives_the_same_bytes(tls_scheduler, certificates, archive, store, tmp_path):
+    assert tls_scheduler.startswith("tls://")
+    files = tls_of(certificates)
+    given = [f"run.tls.{key}={value}" for key, value in files]
+    run(archive, tmp_path / "store", f"run.scheduler={tls_scheduler}", *given)
+    assert_same_bytes(store, tmp_path / "store")
+
+
+@pytest.mark.parametrize("shown", ["nothing", "a stranger's", "plain tcp"])
+def test_a_client_without_the_right_certificate_is_refused(
+    tls_scheduler, certificates, shown, monkeypatch
+):
+    monkeypatch.setattr(clients, "_CONNECT_S", 2)
+    stranger = tls_of(certificates, "stranger.pem", "stranger.key")
+    address = tls_scheduler.replace("tls", "tcp") if shown == "plain tcp" else tls_scheduler
+    asked = RunConfig(scheduler=address, tls=stranger if shown == "a stranger's" else None)
+    advice = {
+        "nothing": "or give run.tls the certificates it asks for",
+        "a stranger's": "or check run.tls",
+        "plain tcp": "or leave the option out",
+    }
+    with pytest.raises(StoreError, match=advice[shown]), client_of(asked, 1):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("files", "complaint"),
+    [
+        ({"ca": "absent.pem"}, "run.tls.ca_file /.*absent.pem: cannot be read: No such file"),
+        ({"ca": "key.pem"}, "run.tls.ca_file /.*key.pem: holds no certificate"),
+        ({"cert": "request.pem"}, "run.tls.cert_file /.*request.pem: cannot be used with"),
+        (
+            {"key": "ca.key"},
+            r"cannot be used with run.tls.key_file .*ca.key \(key values mismatch\)",
+        ),
+    ],
+)
+def test_certificate_files_are_checked_in_words(certificates, files, complaint):
+    with pytest.raises(StoreError, match=complaint):
+        security_of(tls_of(certificates, **files))
+
+
+# Batch queues
+
+GOLDEN = {
+    "slurm": """\
+        #SBATCH -J aptile
+        #SBATCH -p short
+        #SBATCH -A forests
+        #SBATCH -n 1
+        #SBATCH --cpus-per-task=4
+        #SBATCH --mem=16G
+        #SBATCH -t 01:30:00
+        #SBATCH --constraint=fast
+    """,
+    "pbs": """\
+        #PBS -N aptile
+        #PBS -q short
+        #PBS -A forests
+        #PBS -l select=1:ncpus=4:mem=16GB
+        #PBS -l walltime=01:30:00
+        #PBS --constraint=fast
+    """,
+    "lsf": """\
+        #BSUB -J aptile
+        #BSUB -q short
+        #BSUB -P "forests"
+        #BSUB -n 4
+        #BSUB -R "span[hosts=1]"
+        #BSUB -M 17179870
+        #BSUB -W 01:30
+        #BSUB --constraint=fast
+    """,
+}
+WORKER = (
+    "/opt/python -m distributed.cli.dask_worker tcp://SCHEDULER --name dummy-name --nthreads 1 "
+    "--memory-limit 4.00GiB --nworkers 4 --nanny --death-timeout 60 --local-directory /scratch "
+    "--interface lo"
+)
+
+
+def batch_config(kind: str, **more) -> BatchConfig:
+    paid = {"project" if kind == "lsf" else "account": "forests"}
+    content = {
+        "kind": kind, "jobs": 2, "cores": 4, "memory": "16GiB", "queue": "short", "interface": "lo",
+        "walltime": "01:30" if kind == "lsf" else "01:30:00", "local_directory": "/scratch",
+        "directives": ["--constraint=fast"], "commands": ["module load gdal"],
+        "python": "/opt/python", **paid, **more,
+    }  # fmt: skip
+    return RunConfig.model_validate({"cluster": content}).cluster
+
+
+def need(package: str) -> None:
+    """Skip without the package; imported it would change what Ctrl-C does to the tests."""
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not installed")
+
+
+@pytest.mark.parametrize("kind", list(GOLDEN))
+def test_job_scripts_say_what_was_configured(kind):
+    need("dask_jobqueue")
+    with batch_cluster(batch_config(kind)) as cluster:
+        lines = re.sub(r"tcp://\S+", "tcp://SCHEDULER", cluster.job_script()).splitlines()
+        worker_ttl = cluster.scheduler.worker_ttl
+    exports = [f"export {name}={value}" for name, value in ENVIRONMENT.items()]
+    expected = [line.strip() for line in GOLDEN[kind].strip().splitlines()]
+    assert [line for line in lines if line] == [
+        "#!/usr/bin/env bash", *expected, *exports, "module load gdal", WORKER,
+    ]  # fmt: skip
+    assert worker_ttl == 60
+
+
+def test_interrupts_stay_what_they_are():
+    need("dask_jobqueue")
+    need("dask_kubernetes")
+    code = (
+        "import signal; before = signal.getsignal(signal.SIGINT)\n"
+        "from pipeline.jobs.queues import _package\n"
+        "_package('dask_jobqueue', 'slurm'); _package('dask_kubernetes.operator', 'kubernetes')\n"
+        "assert signal.getsignal(signal.SIGINT) is before"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+FAKE_QUEUE = {
+    "sbatch": """\
+        #!/bin/sh
+        # A queue of one machine: the job runs at once, its process group is its number.
+        spooled=$(mktemp)
+        cp "$1" "$spooled"
+        setsid sh "$spooled" >"$spooled.log" 2>&1 </dev/null &
+        echo "Submitted batch job $!"
+    """,
+    "scancel": '#!/bin/sh\nkill -9 -- "-$1"\n',
+    "squeue": '#!/bin/sh\necho "$3 PENDING Priority"\n',
+}
+
+
+@pytest.fixture
+def queue(tmp_path, monkeypatch):
+    """The commands of a queue that runs jobs on this machine."""
+    need("dask_jobqueue")
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name, text in FAKE_QUEUE.items():
+        (folder / name).write_text("\n".join(line.strip() for line in text.splitlines()) + "\n")
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+    return folder
+
+
+def on_one_machine(**more) -> SlurmConfig:
+    return batch_config(
+        "slurm", python=sys.executable, **{"commands": [], "local_directory": None, **more}
+    )
+
+
+def test_a_job_on_a_queue_gives_the_same_bytes(queue, archive, store, tmp_path, caplog):
+    config = on_one_machine(jobs=1, cores=2, memory="2GiB", local_directory=str(tmp_path))
+    asked = settings().model_copy(update={"run": RunConfig(cluster=config)})
+    run_job(str(archive), tmp_path / "store", asked, Watching())
+    assert_same_bytes(store, tmp_path / "store")
+    assert re.search(
+        r"waiting up to 3600 s for the first worker: slurm jobs \d+$", caplog.text, re.M
+    )
+
+
+def test_a_queue_without_free_nodes_is_asked_what_it_waits_for(queue):
+    (queue / "sbatch").write_text("#!/bin/sh\necho Submitted batch job 17\n")
+    complaint = (
+        r"^run\.cluster: no worker came within 0\.2 s of slurm jobs 17, 17; the queue says: "
+        r"--jobs PENDING Priority; raise run\.cluster\.wait_s"
+    )
+    with (
+        pytest.raises(StoreError, match=complaint),
+        client_of(RunConfig(cluster=on_one_machine(wait_s=0.2)), 1),
+    ):
+        pass
+
+
+def test_a_job_the_queue_refuses_is_reported(queue):
+    (queue / "sbatch").write_text("#!/bin/sh\necho invalid account forests >&2\nexit 1\n")
+    with (
+        pytest.raises(StoreError, match=r"the queue refused a job \(.*invalid account forests"),
+        client_of(RunConfig(cluster=on_one_machine()), 1),
+    ):
+        pass
+
+
+def test_without_the_queue_or_its_package_the_remedy_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with (
+        pytest.raises(StoreError, match="there is no command sbatch here; run aptile where"),
+        cluster_of(on_one_machine(), None),
+    ):
+        pass
+    monkeypatch.setitem(sys.modules, "dask_jobqueue", None)
+    with pytest.raises(
+        StoreError, match=r"slurm needs dask_jobqueue; .*pip install 'aptile\[hpc\]'"
+    ):
+        batch_cluster(on_one_machine())
+
+
+# Kubernetes
+
+PODS = KubernetesConfig(
+    kind="kubernetes",
+    workers=7,
+    memory="4GiB",
+    image="registry.example/aptile:1",
+    volumes={"/data": "archive-claim"},
+    env={"AWS_REGION": "eu-central-1"},
+)
+
+
+def test_pods_are_what_was_configured():
+    need("dask_kubernetes")
+    spec = cluster_spec(PODS, "aptile-1")["spec"]
+    worker, (container,) = spec["worker"], spec["worker"]["spec"]["containers"]
+    assert worker["replicas"] == 7
+    assert container["image"] == spec["scheduler"]["spec"]["containers"][0]["image"] == PODS.image
+    assert container["args"][:4] == ["dask", "worker", "--nthreads", "1"]
+    amounts = {"cpu": "1", "memory": str(4 * 2**30)}
+    assert container["resources"] == {"requests": amounts, "limits": amounts}
+    environment = {entry["name"]: entry["value"] for entry in container["env"]}
+    assert environment == {
+        **ENVIRONMENT,
+        "DASK_DISTRIBUTED__SCHEDULER__WORKER_TTL": "60s",
+        "AWS_REGION": "eu-central-1",
+    }
+    (mount,), (volume,) = container["volumeMounts"], worker["spec"]["volumes"]
+    assert mount == {"name": volume["name"], "mountPath": "/data"}
+    assert volume["persistentVolumeClaim"] == {"claimName": "archive-claim"}
+
+
+def test_a_kubernetes_cluster_out_of_reach_is_reported(tmp_path, monkeypatch):
+    need("dask_kubernetes")
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "absent"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with (
+        pytest.raises(StoreError, match="kubernetes: no cluster could be made .*credentials"),
+        client_of(RunConfig(cluster=PODS), 1),
+    ):
+        pass
+
+
+def test_without_the_package_of_kubernetes_the_remedy_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "dask_kubernetes", None)
+    monkeypatch.delitem(sys.modules, "dask_kubernetes.operator", raising=False)
+    with pytest.raises(StoreError, match=r"kubernetes needs dask_kubernetes.*'aptile\[hpc\]'"):
+        cluster_spec(PODS, "aptile-1")
