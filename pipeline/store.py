@@ -59,6 +59,7 @@ class Store:
         self.header = header
         self._commit = commit
         self._checked_shards: set[tuple[str, str, int]] = set()
+        self._checked_arrays: set[str] = set()
         self._frame_tables: dict[str, FrameTable] = {}
         self._row_tables: dict[tuple[str, str], tuple[np.ndarray, np.ndarray]] = {}
         self._partition_shards: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
@@ -259,7 +260,11 @@ class Store:
         return Frames(values(pixels), values(valid), scales)
 
     def per_frame(self, modality: str, name: str) -> np.ndarray:
-        """The whole of a small array that has a few numbers per frame slot, such as `num_valid`."""
+        """The whole of a small array that has a few numbers per frame slot, such as `num_valid`.
+
+        Raises IntegrityError if an object of it is lost or has another size.
+        """
+        self._check_whole(modality, name)
         return self._whole(f"{modality}/{name}")
 
     @cached_property
@@ -290,24 +295,38 @@ class Store:
             )
         self._check_objects(*key, shards, self._partition_shards[key])
 
+    def _check_whole(self, modality: str, name: str) -> None:
+        """Of the default partition, and of arrays beside partitions, the objects of one array."""
+        layout, array = self.layouts[modality], f"{modality}/{name}"
+        spec = layout.arrays().get(array)
+        if self._commit is None or spec is None or array in self._checked_arrays:
+            return
+        of_shards = {
+            f"{array}/{spec.shard_key(shard)}": row["objects"]
+            for shard, row in self.history.shards.items()
+        }
+        self._check_sizes({key: named.get(key) for key, named in of_shards.items()})
+        self._checked_arrays.add(array)
+
     def _check_objects(
         self, modality: str, name: str, shards: np.ndarray, rows: dict[int, dict[str, Any]]
     ) -> None:
         keys = {(modality, name, shard) for shard in shards.tolist()} - self._checked_shards
-        written = {
-            path: entry["bytes"]
-            for key in sorted(keys)
-            for path, entry in rows[key[2]]["objects"].items()
-        }
-        sizes = self.objects.sizes(written)
-        for path, expected in written.items():
-            size = sizes.get(path)
-            if size != expected:
+        self._check_sizes(
+            {path: what for key in sorted(keys) for path, what in rows[key[2]]["objects"].items()}
+        )
+        self._checked_shards |= keys
+
+    def _check_sizes(self, named: dict[str, dict[str, Any] | None]) -> None:
+        """What the ledger says of some objects, None where it names none, against what is there."""
+        sizes = self.objects.sizes(named)
+        for path, what in named.items():
+            size, said = sizes.get(path), None if what is None else what["bytes"]
+            if size != said:
                 raise IntegrityError(
                     f"{self.location}/{path} is {'missing' if size is None else f'{size} bytes long'}; the "
-                    f"ledger says {expected} bytes: {MEND}"
+                    f"ledger says {'none' if said is None else f'{said} bytes'}: {MEND}"
                 )
-        self._checked_shards |= keys
 
     def _read(self, name: str, frames: np.ndarray) -> np.ndarray:
         return values(self._arrays.pending(name, frames))

@@ -39,6 +39,7 @@ for _command, _help in (
     ("inspect", "Show token counts of a store, and pictures of its tiles."),
     ("log", "List the commits of a store."),
     ("repartition", "Cut the tiles of a store by another rule, from its score maps."),
+    ("verify", "Compare a store with what was committed, and say how damage is mended."),
     ("train", "Train an APT encoder on the tiles of a store."),
     ("demo", "Try all of it on a real Sentinel-2 chip."),
 ):

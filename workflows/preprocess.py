@@ -15,7 +15,7 @@ from pipeline.settings.loading import load_config
 from pipeline.storage.objects import Location
 from workflows.locations import StoreLocation
 from workflows.progress import Effort, JobProgress
-from workflows.terminal import note, print_json
+from workflows.terminal import note, print_json, repaired_in_words
 
 
 def preprocess(
@@ -125,8 +125,13 @@ def _say(report: JobReport) -> None:
         + (f"; {left_out[0]} tiles and {left_out[1]} frames left out" if any(left_out) else "")
         + (f"; splits {_counts(report.splits)}" if report.splits else "")
         + (f"; commit {report.commit}" if report.commit > 1 else "")
-        + ("; complete already, nothing to do" if report.shards_written == 0 else "")
+        + (f"; {repaired_in_words(*report.repaired)}" if any(report.repaired) else "")
+        + ("; complete already, nothing to do" if _left_alone(report) else "")
     )
+
+
+def _left_alone(report: JobReport) -> bool:
+    return report.shards_written == 0 and not any(report.repaired)
 
 
 def _counts(numbers: dict[str, int]) -> str:
@@ -149,6 +154,8 @@ def _as_json(report: JobReport) -> dict[str, object]:
         "splits": report.splits,
         "shards": report.shards,
         "shards_written": report.shards_written,
+        "repaired_objects": report.repaired[0],
+        "repaired_shards": report.repaired[1],
     }
 
 

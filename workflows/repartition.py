@@ -13,7 +13,7 @@ from pipeline.settings.loading import validated
 from pipeline.settings.run import RunConfig
 from workflows.locations import StoreLocation
 from workflows.progress import JobProgress
-from workflows.terminal import note, print_json
+from workflows.terminal import note, print_json, repaired_in_words
 
 
 def repartition(
@@ -78,11 +78,16 @@ def repartition(
     note(
         f"{store}: partition {name} by {rule_in_words(report.rule)}; {report.mean_tokens:.6g} tokens per "
         f"tile on average, {report.tiles} tiles in {report.shards} shards"
-        + ("; complete already, nothing to do" if report.shards_written == 0 else "")
+        + (f"; {repaired_in_words(*report.repaired)}" if any(report.repaired) else "")
+        + ("; complete already, nothing to do" if _left_alone(report) else "")
     )
     if json:
         print_json(_as_json(report))
     return EXIT_OK
+
+
+def _left_alone(report: RepartitionReport) -> bool:
+    return report.shards_written == 0 and not any(report.repaired)
 
 
 def _numbers(text: str) -> list[float]:
@@ -96,4 +101,6 @@ def _numbers(text: str) -> list[float]:
 
 def _as_json(report: RepartitionReport) -> dict[str, Any]:
     content: dict[str, Any] = plain(vars(report))
-    return {**content, "store": str(report.store)}
+    objects, shards = content.pop("repaired")
+    counts = {"repaired_objects": objects, "repaired_shards": shards}
+    return {**content, "store": str(report.store), **counts}

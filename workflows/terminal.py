@@ -46,6 +46,12 @@ def plain_table(*columns: str) -> Table:
     return table
 
 
+def repaired_in_words(objects: int, shards: int) -> str:
+    """For example: repaired 3 objects in 2 shards."""
+    of = f" in {shards} shard{'s' * (shards != 1)}" if shards else ""
+    return f"repaired {objects} object{'s' * (objects != 1)}{of}"
+
+
 def bar_columns(unit: str) -> tuple[ProgressColumn, ...]:
     """What a bar shows: count, elapsed and remaining time."""
     return (

@@ -11,7 +11,8 @@ from pipeline.cut import leaves, partition_blocks, splits_by_budget, splits_by_t
 from pipeline.nodes import level_offsets, node_scores, shared_nodes
 from pipeline.rules import QUANTILE_SAMPLE_TILES, FurtherRule, quantile_thresholds
 from pipeline.storage.layout import StoreLayout
-from pipeline.storage.objects import absolute, objects_at
+from pipeline.storage.mending import writer
+from pipeline.storage.objects import absolute
 from pipeline.storage.partitions import partition_path
 from pipeline.storage.places import FrameRun, Places
 from pipeline.storage.sharding import encoders, write_shard
@@ -25,6 +26,7 @@ class RepartitionTask:
     `thresholds` hold for every frame; without them the budget or the quantile of `rule` decides. Under a
     quantile, `groups` int64 are indices into `samples`, the frames whose scores set the thresholds: per
     frame that of its scene, or per tile that of its place where all timesteps share one partition.
+    `wanted` names the objects to be written, where a damaged shard is made again.
     """
 
     store: str
@@ -37,6 +39,7 @@ class RepartitionTask:
     run: FrameRun
     groups: np.ndarray
     samples: tuple[FrameRun, ...]
+    wanted: dict[str, dict[str, Any]] | None = None
 
 
 def repartition_task(
@@ -90,10 +93,8 @@ def repartition_shard(task: RepartitionTask) -> dict[str, Any]:
         cut = leaves(splits[here], own[here], layout.grid)
         for array, block in partition_blocks(group, slots, cut, int(slots[-1]) + 1).items():
             encoded[array].put_leading(block)
-    return {
-        "shard": task.shard,
-        "objects": write_shard(objects_at(task.store), task.shard, encoded),
-    }
+    written = write_shard(writer(task.store, task.wanted), task.shard, encoded)
+    return {"shard": task.shard, "objects": written}
 
 
 def _read_nodes(

@@ -5,7 +5,7 @@ Like preprocessing, one task per shard: resumable, and committed in one atomic s
 
 import contextlib
 from collections.abc import Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline.calibrate import store_curve
@@ -14,6 +14,8 @@ from pipeline.jobs.engine import run_tasks
 from pipeline.jobs.observer import Observer
 from pipeline.jobs.prepare import write_metadata
 from pipeline.jobs.recut import repartition_shard, repartition_task
+from pipeline.jobs.repair import Repaired
+from pipeline.jobs.repair_partition import repair_partition
 from pipeline.rules import (
     FurtherRule,
     check_thresholds,
@@ -42,7 +44,8 @@ _IN_PROCESS_CELLS = 2**24
 class RepartitionReport:
     """What came of it. `shards_written` counts this run's shards; 0 means nothing was left to do.
 
-    `thresholds`, fine to coarse, are None where the rule has none or they differ by scene.
+    `thresholds`, fine to coarse, are None where the rule has none or they differ by scene. `repaired`
+    counts damaged objects that were written anew, and the shards they are of.
     """
 
     store: str
@@ -53,6 +56,7 @@ class RepartitionReport:
     mean_tokens: float
     shards: int
     shards_written: int
+    repaired: tuple[int, int] = (0, 0)
 
 
 def repartition(
@@ -74,7 +78,11 @@ def repartition(
     store = open_store(location)
     layout = _scored_layout(store, modality)
     _check_rule(store, layout, rule)
-    written = 0
+    written, repaired = 0, Repaired()
+    known = store.commit.partitions.get(layout.modality, {}).get(name)
+    if known is not None:
+        _check_same_rule(name, known["rule"], rule)
+        repaired = repair_partition(store, layout, name, rule)
     if _missing_batches(store, layout, name):
         with exclusive(store.objects) as lock:
             # Another writer may have finished it while we looked.
@@ -82,7 +90,8 @@ def repartition(
             if _missing_batches(store, layout, name):
                 written = _complete(store, lock, layout, name, rule, run, observer)
     _check_same_rule(name, open_store(location).partition(name, layout.modality).rule, rule)
-    return _report(location, layout, name, written)
+    report = _report(location, layout, name, written)
+    return replace(report, repaired=(repaired.objects, repaired.shards))
 
 
 def _missing_batches(store: Store, layout: StoreLayout, name: str) -> list[Batch]:

@@ -22,7 +22,7 @@ from pipeline.planning.plan import ModalityPlan, Plan
 from pipeline.scenes import Access, Scene, asset_of
 from pipeline.scorers.config import ExternalConfig
 from pipeline.settings.config import ValidityConfig
-from pipeline.storage.objects import objects_at
+from pipeline.storage.mending import writer
 from pipeline.storage.sharding import write_shard
 
 # Tiles of a scene whose pixels are compared with its processing baseline.
@@ -34,7 +34,8 @@ class ShardTask:
     """Everything a worker needs for one shard; small, because it travels through the scheduler.
 
     `rows` and `cols` int32 [tile] are the shard's tiles, the leading modality comes first. `excluded` are
-    scenes that are not even opened, with the reason for each.
+    scenes that are not even opened, with the reason for each. `wanted` names the objects to be written,
+    with their `bytes` and `sha256`, where a damaged shard is made again.
     """
 
     store: str
@@ -45,6 +46,7 @@ class ShardTask:
     cols: np.ndarray
     modalities: tuple[ModalityTask, ...]
     excluded: dict[str, str] = field(default_factory=dict)
+    wanted: dict[str, dict[str, Any]] | None = None
 
 
 @dataclass
@@ -125,7 +127,8 @@ def process_shard(task: ShardTask) -> dict[str, Any]:
         _leave_out(task, modality, gathered, thresholds, kept_tiles, outcome)
         gathered.cut(thresholds)
         with measures.timed("write"):
-            outcome.objects |= write_shard(objects_at(task.store), task.shard, gathered.encoded())
+            place = writer(task.store, task.wanted)
+            outcome.objects |= write_shard(place, task.shard, gathered.encoded())
     measures.object_bytes = sum(written["bytes"] for written in outcome.objects.values())
     return {"shard": task.shard, **vars(outcome), MEASURES: vars(measures)}
 

@@ -37,7 +37,7 @@ from zarr.storage import ObjectStore, StorePath
 from pipeline.errors import IntegrityError, LockedError, StoreError
 from pipeline.storage.commit import MEND
 from pipeline.storage.layout import ROOT_METADATA, ArraySpec, array_metadata
-from pipeline.storage.objects import Contents, entry
+from pipeline.storage.objects import Contents, check_name, entry
 
 if TYPE_CHECKING:
     from obstore import PutMode
@@ -108,6 +108,16 @@ class BucketObjects:
 
     def size(self, name: str) -> int | None:
         return self.sizes([name]).get(name)
+
+    def digest(self, name: str) -> dict[str, Any] | None:
+        def read() -> dict[str, Any]:
+            found, length = hashlib.sha256(), 0
+            for piece in obstore.get(self.store, check_name(self.location, name)):
+                found.update(piece)
+                length += len(piece)
+            return {"bytes": length, "sha256": found.hexdigest()}
+
+        return self._tried(read, f"cannot read {name}")
 
     def modified(self, name: str) -> float:
         head = self._tried(lambda: obstore.head(self.store, name), f"cannot look at {name}")
@@ -227,7 +237,7 @@ class BucketObjects:
         """Content and version of an object; None if there is none."""
 
         def get() -> tuple[bytes, Any]:
-            found = obstore.get(self.store, name)
+            found = obstore.get(self.store, check_name(self.location, name))
             content = bytes(found.bytes())
             tags = {"e_tag": found.meta["e_tag"], "version": found.meta["version"]}
             return content, {name: tag for name, tag in tags.items() if tag is not None}
@@ -236,7 +246,8 @@ class BucketObjects:
 
     def _head(self, name: str) -> int | None:
         return self._tried(
-            lambda: int(obstore.head(self.store, name)["size"]), f"cannot look at {name}"
+            lambda: int(obstore.head(self.store, check_name(self.location, name))["size"]),
+            f"cannot look at {name}",
         )
 
     def _tried(self, request: Callable[[], _Result], what: str) -> _Result | None:

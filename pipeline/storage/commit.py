@@ -81,11 +81,28 @@ def decode(content: bytes) -> Commit:
         fields.pop("sha256")
         batches = tuple(Batch(**batch) for batch in fields.pop("batches"))
         commit = Commit(**fields, batches=batches)
-        if commit.encode() == content:
-            return commit
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        same = commit.encode() == content
+        _check_kinds(commit)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError("no commit") from error
-    raise ValueError("its checksum does not match")
+    if not same:
+        raise ValueError("its checksum does not match")
+    return commit
+
+
+def _check_kinds(commit: Commit) -> None:
+    """Raise ValueError, KeyError or TypeError unless numbers are numbers and objects are named."""
+    made = [entry for names in commit.partitions.values() for entry in names.values()]
+    ledgers = [ledger for entry in made for ledger in entry["ledgers"]]
+    with_path = [commit.manifest, *(batch.ledger for batch in commit.batches), *ledgers]
+    numbers = [commit.number, *(ledger["batch"] for ledger in ledgers)]
+    numbers += [n for b in commit.batches for n in (b.number, b.first_shard, b.num_shards)]
+    texts = [what["path"] for what in with_path]
+    for what in (*with_path, *commit.metadata.values()):
+        numbers.append(what["bytes"])
+        texts.append(what["sha256"])
+    if not all(type(n) is int for n in numbers) or not all(type(t) is str for t in texts):
+        raise ValueError("no commit")
 
 
 def commit_name(number: int) -> str:
@@ -100,9 +117,13 @@ def read_commit(objects: Objects, number: int | None = None) -> Commit | None:
     """
     name = COMMIT if number is None else commit_name(number)
     try:
-        return decode(objects.read(name))
+        content = objects.read(name)
     except (FileNotFoundError, NotADirectoryError):
+        if number is None and objects.size(commit_name(1)) is not None:
+            raise IntegrityError(f"{objects.location}/{name} is missing; {MEND}") from None
         return None
+    try:
+        return decode(content)
     except ValueError as error:
         raise IntegrityError(
             f"{objects.location}/{name} is not a commit ({error}); {MEND}"
@@ -155,7 +176,7 @@ def read_named(objects: Objects, what: dict[str, Any]) -> bytes:
     """The object a commit names by `path`; IntegrityError if it is lost or another one."""
     try:
         content = objects.read(what["path"])
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         content = None
     if content is None or hashlib.sha256(content).hexdigest() != what["sha256"]:
         found = "is missing" if content is None else "differs from what was committed"

@@ -12,32 +12,15 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
-from pipeline.errors import LockedError, StoreError
+from pipeline.errors import IntegrityError, LockedError, StoreError
 
 PARTIAL_SUFFIX = ".partial"
 Location = str | Path
 Contents = Mapping[str, Sequence[bytes]]
 
 
-class Objects(Protocol):
-    """Objects below one location. Names are relative, with slashes, and never lead upwards."""
-
-    location: str
-
-    def read(self, name: str) -> bytes:
-        """An object's content; FileNotFoundError if there is none."""
-
-    def size(self, name: str) -> int | None:
-        """Bytes of an object; None if there is none."""
-
-    def names(self, below: str = "") -> Iterator[str]:
-        """Names of all objects below a folder, in no order; leftovers of killed writers left out."""
-
-    def modified(self, name: str) -> float:
-        """Seconds since 1970 when an object was written; FileNotFoundError if there is none."""
-
-    def sizes(self, names: Collection[str]) -> dict[str, int]:
-        """Bytes of many objects by name, looked at beside each other; those that are not there left out."""
+class Writer(Protocol):
+    """Where objects are written to."""
 
     def write(self, name: str, content: bytes) -> dict[str, Any]:
         """Write a whole object durably and atomically; its `bytes` and `sha256`.
@@ -50,6 +33,30 @@ class Objects(Protocol):
 
         In no order, and where one cannot be written others may have been.
         """
+
+
+class Objects(Writer, Protocol):
+    """Objects below one location. Names are relative, with slashes, and never lead upwards."""
+
+    location: str
+
+    def read(self, name: str) -> bytes:
+        """An object's content; FileNotFoundError if there is none."""
+
+    def size(self, name: str) -> int | None:
+        """Bytes of an object; None if there is none."""
+
+    def digest(self, name: str) -> dict[str, Any] | None:
+        """An object's `bytes` and `sha256`, read piece by piece; None if there is none."""
+
+    def names(self, below: str = "") -> Iterator[str]:
+        """Names of all objects below a folder, in no order; leftovers of killed writers left out."""
+
+    def modified(self, name: str) -> float:
+        """Seconds since 1970 when an object was written; FileNotFoundError if there is none."""
+
+    def sizes(self, names: Collection[str]) -> dict[str, int]:
+        """Bytes of many objects by name, looked at beside each other; those that are not there left out."""
 
     def swap(self, name: str, content: bytes, seen: bytes | None) -> None:
         """Write an object if its content is still `seen` (None: if there is none), in one atomic step.
@@ -92,20 +99,46 @@ def entry(content: bytes) -> dict[str, Any]:
     return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
+def check_name(location: str, name: object) -> str:
+    """A name that came out of a store; IntegrityError for one that leads out of it, or is none."""
+    if (
+        not isinstance(name, str)
+        or not name
+        or name[0] == "/"
+        or "\0" in name
+        or (".." in name and ".." in name.split("/"))
+    ):
+        raise IntegrityError(
+            f"{location}: an object is named {name!r:.80}, which is no name below the store; the store is "
+            "damaged or forged, preprocess the archive into a new one"
+        )
+    return name
+
+
 class LocalObjects:
     """Objects as files of a folder: temporary name, fsync, rename."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder.resolve()
         self.location = str(folder)
+        self._prefix = f"{self.folder}/"
 
     def read(self, name: str) -> bytes:
-        return (self.folder / name).read_bytes()
+        return self._path(name).read_bytes()
 
     def size(self, name: str) -> int | None:
         try:
-            return os.stat(f"{self.folder}/{name}").st_size  # noqa: PTH116 (called for every object)
+            path = self._prefix + check_name(self.location, name)
+            return os.stat(path).st_size  # noqa: PTH116 (called for every object)
         except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def digest(self, name: str) -> dict[str, Any] | None:
+        try:
+            with self._path(name).open("rb") as file:
+                found = hashlib.file_digest(file, "sha256")
+                return {"bytes": file.tell(), "sha256": found.hexdigest()}
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             return None
 
     def names(self, below: str = "") -> Iterator[str]:
@@ -115,7 +148,7 @@ class LocalObjects:
             yield from (f"{prefix}{file}" for file in files if not file.endswith(PARTIAL_SUFFIX))
 
     def modified(self, name: str) -> float:
-        return (self.folder / name).stat().st_mtime
+        return self._path(name).stat().st_mtime
 
     def sizes(self, names: Collection[str]) -> dict[str, int]:
         return {name: size for name in names if (size := self.size(name)) is not None}
@@ -130,7 +163,7 @@ class LocalObjects:
         try:
             with ExitStack() as stack:
                 for name, pieces in contents.items():
-                    path = self.folder / name
+                    path = self._path(name)
                     folders |= dict.fromkeys(_make_folders(path.parent))
                     partials[name] = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL_SUFFIX}")
                     file = stack.enter_context(partials[name].open("wb"))
@@ -159,7 +192,7 @@ class LocalObjects:
         self.write(name, content)
 
     def append(self, log: str, rows: bytes) -> None:
-        path = self.folder / log
+        path = self._path(log)
         try:
             with path.open("r+b") as file:
                 # A torn line of an earlier crash would swallow the next one.
@@ -181,7 +214,7 @@ class LocalObjects:
 
     def remove(self, names: Iterable[str]) -> None:
         for name in names:
-            (self.folder / name).unlink(missing_ok=True)
+            self._path(name).unlink(missing_ok=True)
 
     def sweep(self) -> None:
         for partial in self.folder.rglob(f"*{PARTIAL_SUFFIX}"):
@@ -189,6 +222,9 @@ class LocalObjects:
 
     def clear(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _path(self, name: str) -> Path:
+        return self.folder / check_name(self.location, name)
 
 
 def _write_pieces(file: BinaryIO, pieces: Sequence[bytes]) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 from numcodecs import blosc
 
 from pipeline.storage.layout import BLOSC, ArraySpec
-from pipeline.storage.objects import Objects
+from pipeline.storage.objects import Writer
 
 _SHUFFLES = {"shuffle": blosc.SHUFFLE, "bitshuffle": blosc.BITSHUFFLE}
 # Offset and length of a chunk without bytes: all of it is fill value.
@@ -84,9 +84,7 @@ def encoders(arrays: Mapping[str, ArraySpec], codec: str) -> dict[str, ShardEnco
     return {name: ShardEncoder(spec, codec) for name, spec in arrays.items()}
 
 
-def write_shard(
-    objects: Objects, shard: int, encoded: Mapping[str, ShardEncoder]
-) -> dict[str, Any]:
+def write_shard(objects: Writer, shard: int, encoded: Mapping[str, ShardEncoder]) -> dict[str, Any]:
     """Write one shard of some arrays durably: size and sha256 of its objects, by path, for the ledger.
 
     Arrays of fill value alone have no object.

@@ -21,7 +21,7 @@ from pipeline.jobs.job import run_job
 from pipeline.jobs.retries import MAX_DEATHS, Death, GiveUp, RunScene, RunWhole, Trial
 from pipeline.settings.config import PreprocessConfig
 from pipeline.settings.loading import load_config
-from pipeline.storage.commit import LEDGER
+from pipeline.storage.ledger import ledger_name
 from pipeline.storage.ledger import Ledger
 from support import Watching, assert_same_bytes, files, save_scene, textured
 
@@ -134,7 +134,7 @@ def recorded(path: Path) -> dict[str, tuple[int, int]]:
 
 
 def shards_done(path: Path) -> int:
-    return len(Ledger.read(path).shards) if (path / LEDGER).exists() else 0
+    return len(Ledger.read(path).shards) if (path / ledger_name(1)).exists() else 0
 
 
 def wait_for_shards(job: subprocess.Popen, path: Path, number: int) -> None:

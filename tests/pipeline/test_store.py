@@ -105,13 +105,16 @@ def test_a_header_that_names_paths_or_absurd_sizes_is_refused(damaged, name, cha
 
 
 def test_a_commit_that_names_a_path_as_partition_is_refused(damaged):
-    reseal(damaged, partitions={"image": {"../../elsewhere": {"rule": {}, "thresholds": None}}})
+    reseal(damaged, partitions={"image": {"../../elsewhere": {"ledgers": []}}})
     with pytest.raises(IntegrityError, match=r"names a partition '../../elsewhere'"):
         open_store(damaged).tile("sentinel2_chip/r0c0")
 
 
 def test_an_unfinished_store_is_refused(damaged):
     (damaged / "COMMIT.json").unlink()
+    with pytest.raises(IntegrityError, match=r"COMMIT.json is missing; the store is damaged"):
+        open_store(damaged)
+    shutil.rmtree(damaged / "commits")
     with pytest.raises(StoreError, match="has not finished; run its `aptile preprocess` command"):
         open_store(damaged)
 
