@@ -1,4 +1,4 @@
-"""What every process that runs tasks has in common: one thread each, and a limit on its caches."""
+"""What every process that runs tasks has in common: one thread each."""
 
 import contextlib
 import faulthandler
@@ -6,11 +6,9 @@ import os
 import sys
 from collections.abc import Iterator
 
-# Parallelism comes from processes, so nothing inside one starts threads of its own. GDAL would take 5 % of
-# the machine's memory for blocks in every process; tasks read few large windows and need little of it.
+# Parallelism comes from processes, so nothing inside one starts threads of its own. GDAL's threads and cache
+# are limited where rasters are opened.
 ENVIRONMENT = {
-    "GDAL_CACHEMAX": "256",
-    "GDAL_NUM_THREADS": "1",
     "BLOSC_NTHREADS": "1",
     "NUMBA_NUM_THREADS": "1",
     "OMP_NUM_THREADS": "1",
@@ -18,6 +16,10 @@ ENVIRONMENT = {
     "MKL_NUM_THREADS": "1",
     "RAYON_NUM_THREADS": "1",
 }
+# Dask has workers return freed memory at once, which glibc then does for every window and packed frame: a
+# third of a worker's time went into clearing pages. Smaller pieces than this stay in the process. It counts
+# only where it is set before a process starts.
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(64 * 2**20)}
 
 
 def be_one_of_many() -> None:

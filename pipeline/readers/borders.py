@@ -8,9 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.ndimage import label
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 from pipeline.scenes import Window
 
@@ -92,6 +89,10 @@ class _Seams:
 
     def reaching_the_edge(self) -> list[np.ndarray]:
         """Of every strip, the labels of the regions that are connected to the scene's edge."""
+        # Imported here: it takes long, and few archives have borders to look for.
+        from scipy.sparse import coo_array
+        from scipy.sparse.csgraph import connected_components
+
         joined = np.concatenate([np.empty((0, 2), np.intp), *self._joined])
         size = (self._num_nodes, self._num_nodes)
         graph = coo_array((np.ones(len(joined), np.bool_), joined.T), size)
@@ -109,6 +110,8 @@ class _Seams:
 
 def _labels(zero: np.ndarray) -> np.ndarray:
     """Regions connected by rows and columns, numbered from 1; the same for the same strip."""
+    from scipy.ndimage import label
+
     labels = np.zeros(zero.shape, np.int32)
     if zero.any():
         label(zero, output=labels)

@@ -21,8 +21,7 @@ from pipeline.jobs.job import run_job
 from pipeline.jobs.retries import MAX_DEATHS, Death, GiveUp, RunScene, RunWhole, Trial
 from pipeline.settings.config import PreprocessConfig
 from pipeline.settings.loading import load_config
-from pipeline.storage.ledger import ledger_name
-from pipeline.storage.ledger import Ledger
+from pipeline.storage.ledger import Ledger, ledger_name
 from support import Watching, assert_same_bytes, files, save_scene, textured
 
 # Large patches and a slow scorer, so that a shard takes long enough to be hit.
