@@ -6,8 +6,8 @@ import os
 import sys
 from collections.abc import Iterator
 
-# Parallelism comes from processes, so nothing inside one starts threads of its own. GDAL's threads and cache
-# are limited where rasters are opened.
+# Parallelism comes from processes, so nothing inside one starts threads of its own. GDAL's threads and
+# cache are limited where rasters are opened.
 ENVIRONMENT = {
     "BLOSC_NTHREADS": "1",
     "NUMBA_NUM_THREADS": "1",
