@@ -8,7 +8,6 @@ contradicts something) or skipped (nothing asks for it), with a reason.
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import datetime
 
 import numpy as np
 
@@ -23,12 +22,11 @@ from pipeline.planning.gridding import (
     ratio_between,
     scaled,
 )
+from pipeline.planning.timesteps import Timesteps, exact, nearest
 from pipeline.scenes import Asset, Grid, Scene, own_name
 from pipeline.settings.config import DataConfig
 
-Timesteps = tuple[Scene | None, ...]
 NAMED_PLACE = "grid"
-_SECONDS_PER_DAY = 86_400.0
 
 
 @dataclass(frozen=True)
@@ -331,13 +329,13 @@ def _timed(
     own = [scene.datetime for scene in draft.scenes]
     if tolerance is not None:
         datetimes = own
-        pair: Callable[[list[Scene]], Timesteps] = lambda found: _nearest(own, found, tolerance)  # noqa: E731
+        pair: Callable[[list[Scene]], Timesteps] = lambda found: nearest(own, found, tolerance)  # noqa: E731
     else:
         dates = {*own, *(s.datetime for found in moving.values() for s in found)}
         datetimes = sorted(dates, key=lambda d: d or "")
-        pair = lambda found: _exact(datetimes, found)  # noqa: E731
+        pair = lambda found: exact(datetimes, found)  # noqa: E731
     timed = {
-        lead: _exact(datetimes, draft.scenes),
+        lead: exact(datetimes, draft.scenes),
         **{n: pair(found) for n, found in moving.items()},
     }
     order = [settings.name for settings in config.all_modalities()]
@@ -367,31 +365,6 @@ def _dated(found: list[Scene], place: str, sorting: Sorting) -> list[Scene]:
     return _refuse_doubles([s for s in found if s.datetime is not None], place, sorting)
 
 
-def _exact(datetimes: Sequence[str | None], found: Sequence[Scene]) -> Timesteps:
-    by_date = {scene.datetime: scene for scene in found}
-    return tuple(by_date.get(when) for when in datetimes)
-
-
-def _nearest(
-    datetimes: Sequence[str | None], found: Sequence[Scene], tolerance_days: float
-) -> Timesteps:
-    """Mutually nearest pairs: each scene serves the timestep nearest to it, and each timestep takes the
-    nearest of the scenes that serve it. Earlier wins a tie. No scene is used twice."""
-    taken: list[Scene | None] = [None] * len(datetimes)
-    if not datetimes or not found:
-        return tuple(taken)
-    steps = np.array([_seconds(when) for when in datetimes])
-    best = np.full(len(steps), tolerance_days * _SECONDS_PER_DAY)
-    for scene in found:
-        apart = np.abs(steps - _seconds(scene.datetime))
-        nearest = int(apart.argmin())
-        if apart[nearest] < best[nearest] or (
-            taken[nearest] is None and apart[nearest] <= best[nearest]
-        ):
-            best[nearest], taken[nearest] = apart[nearest], scene
-    return tuple(taken)
-
-
 def _skip_unused(sorting: Sorting, scenes: dict[str, Sequence[Scene]]) -> None:
     used = {
         scene.id
@@ -408,11 +381,6 @@ def _skip_unused(sorting: Sorting, scenes: dict[str, Sequence[Scene]]) -> None:
                 sorting.skipped[scene.id] = (
                     "no scene of the first modality is there, or near enough in time"
                 )
-
-
-def _seconds(when: str | None) -> float:
-    assert when is not None
-    return datetime.fromisoformat(when).timestamp()
 
 
 def _chronological(scene: Scene) -> tuple[str, str]:
