@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.errors import ArchiveError, StoreError
+from pipeline.errors import ArchiveError, NoSpaceError, StoreError
 from pipeline.jobs.cluster import Observer, run_tasks
 from pipeline.jobs.manifest import (
     ModalityOutcome,
@@ -35,6 +35,7 @@ from pipeline.jobs.resume import (
     new_files,
 )
 from pipeline.jobs.shard import process_shard, shard_task
+from pipeline.jobs.space import telling_space, warn_if_short
 from pipeline.planning.existing import existing_of
 from pipeline.planning.inputs import Job, NothingNewError, archive_files, plan_job, require_scenes
 from pipeline.planning.plan import Plan
@@ -55,6 +56,8 @@ from pipeline.storage.lock import Held, exclusive
 from pipeline.storage.objects import LocalObjects, Location, Objects, absolute, objects_at
 from pipeline.storage.partitions import DEFAULT_PARTITION
 from pipeline.store import Store
+
+Ranges = tuple[tuple[float, float], ...]
 
 
 @dataclass(frozen=True)
@@ -166,6 +169,8 @@ def _begin(
         batch = _Batch(objects, lock, state, header, job, ledger)
         try:
             report = _complete(batch, observer)
+        except NoSpaceError:
+            raise  # begun is begun: workers elsewhere may be writing still
         except StoreError:
             if not ledger.shards:
                 objects.clear()
@@ -280,19 +285,27 @@ def _complete(batch: _Batch, observer: Observer) -> JobReport:
     }
     todo = [shard for shard in plan.shards if shard not in ledger.shards]
     observer.planned(len(plan.tiles), sum(len(plan.tile_range(shard)) for shard in ledger.shards))
-    if todo:
-        tasks = (
-            shard_task(plan, shard, absolute(objects), batch.job.access, ranges) for shard in todo
-        )
-        for row in run_tasks(
-            process_shard, tasks, len(todo), batch.job.config.run, objects.location
-        ):
-            batch.lock.check()
-            ledger.append(objects, [row])
-            observer.shard_done(len(plan.tile_range(row["shard"])))
-    commit = _commit(batch)
+    arrays = [spec for m in plan.modalities.values() for spec in m.layout.arrays().values()]
+    warn_if_short(objects, ledger.shards.values(), len(todo), arrays)
+    with telling_space(ledger.shards.values, plan.num_shards, arrays):
+        if todo:
+            _run_shards(batch, todo, ranges, observer)
+        # Of workers that were killed, or finished late what others had done.
+        objects.sweep()
+        commit = _commit(batch)
     notes = (*batch.job.notes, *batch.job.facts.notes)
     return _report(objects.location, batch.history, commit, len(todo), notes)
+
+
+def _run_shards(
+    batch: _Batch, todo: list[int], ranges: dict[str, Ranges], observer: Observer
+) -> None:
+    objects, plan = batch.objects, batch.job.plan
+    tasks = (shard_task(plan, shard, absolute(objects), batch.job.access, ranges) for shard in todo)
+    for row in run_tasks(process_shard, tasks, len(todo), batch.job.config.run, objects.location):
+        batch.lock.check()
+        batch.ledger.append(objects, [row])
+        observer.shard_done(len(plan.tile_range(row["shard"])))
 
 
 def _commit(batch: _Batch) -> Commit:

@@ -12,6 +12,7 @@ from pipeline.errors import ConfigError, StoreError
 from pipeline.jobs.cluster import Observer, run_tasks
 from pipeline.jobs.prepare import write_metadata
 from pipeline.jobs.recut import repartition_shard, repartition_task
+from pipeline.jobs.space import telling_space
 from pipeline.rules import (
     FurtherRule,
     check_thresholds,
@@ -166,14 +167,22 @@ def _complete(
     todo = [shard for shard, ledger in of_shard.items() if shard not in ledger.shards]
     left = sum(len(places.shard_tiles(shard)) for shard in todo)
     observer.planned(places.num_tiles, places.num_tiles - left)
-    head = next(iter(ledgers.values())).head
-    for row in _rows(store, layout, head, rule, places, todo, run):
+    head, arrays = next(iter(ledgers.values())).head, layout.partition_arrays(name).values()
+    with telling_space(lambda: _rows_of(ledgers), len(of_shard), arrays):
+        for row in _rows(store, layout, head, rule, places, todo, run):
+            lock.check()
+            of_shard[row["shard"]].append(objects, [row])
+            observer.shard_done(len(places.shard_tiles(row["shard"])))
         lock.check()
-        of_shard[row["shard"]].append(objects, [row])
-        observer.shard_done(len(places.shard_tiles(row["shard"])))
-    lock.check()
-    _commit(store, layout, head, ledgers)
+        # Of workers that were killed.
+        objects.sweep()
+        _commit(store, layout, head, ledgers)
     return len(todo)
+
+
+def _rows_of(ledgers: dict[int, PartitionLedger]) -> list[dict[str, Any]]:
+    """Rows of all finished shards."""
+    return [row for ledger in ledgers.values() for row in ledger.shards.values()]
 
 
 def _begun(

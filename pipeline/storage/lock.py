@@ -5,6 +5,7 @@ see. In an object store the lock is an object replaced on condition, and the bea
 """
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -21,7 +22,7 @@ from typing import Any, Protocol
 import psutil
 
 from pipeline.errors import LockedError, StoreError
-from pipeline.storage.objects import LocalObjects, Objects
+from pipeline.storage.objects import LocalObjects, Objects, make_folders
 
 LOCK = ".lock"
 # A holder beats this often; who finds a lock watches it for a few beats, so that a live holder is named
@@ -97,18 +98,18 @@ class _FileLock:
 
     def take(self) -> None:
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            make_folders(self.path.parent)
             file = FileIO(self.path, "a+")
+            try:
+                self._take(file)
+            except BaseException:
+                file.close()
+                raise
         except OSError as error:
             raise StoreError(
                 f"{self.location}: cannot be locked for writing: {error.strerror}; give a path you may "
-                "write to"
+                "write to, on a disk with some space"
             ) from None
-        try:
-            self._take(file)
-        except BaseException:
-            file.close()
-            raise
         self._file = file
 
     def _take(self, file: FileIO) -> None:
@@ -119,11 +120,14 @@ class _FileLock:
         except OSError:
             pass  # a file system without locks: the beat decides
         holder = _parsed(self._content())
-        elsewhere = holder is not None and holder["host"] != socket.gethostname()
+        # A record that is torn, and so names nobody, is of a holder that died while it wrote it.
+        elsewhere = holder is not None and holder["pid"] and holder["host"] != socket.gethostname()
         if elsewhere and _beats(self.path.stat().st_mtime, lambda: self.path.stat().st_mtime):
             raise _locked(self.location, holder)
         file.truncate(0)
-        file.write(self._record)
+        if file.write(self._record) != len(self._record):
+            file.truncate(0)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def beat(self) -> bool:
         if self._content() != self._record:

@@ -4,6 +4,8 @@ What a store promises rests on few operations: an object is written whole or not
 replaced on the condition that nobody else did, and rows are added to a log one after another.
 """
 
+import contextlib
+import errno
 import hashlib
 import os
 import shutil
@@ -11,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from pipeline.errors import LockedError, StoreError
+from pipeline.errors import LockedError, NoSpaceError, StoreError
 from pipeline.locations import is_url
 
 PARTIAL_SUFFIX = ".partial"
@@ -112,16 +114,14 @@ class LocalObjects:
         path = self.folder / name
         partial = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL_SUFFIX}")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folders(path.parent)
             _write_synced(partial, content)
             _rename(partial, path)
             _sync_folder(path.parent)
         except OSError as error:
-            partial.unlink(missing_ok=True)
-            raise StoreError(
-                f"{path}: cannot write {len(content)} bytes: {error.strerror}; free some space or check "
-                "the permissions, then run the same command again"
-            ) from None
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
+            raise _unwritten(f"{path}: cannot write {len(content)} bytes", error) from None
         return entry(content)
 
     def swap(self, name: str, content: bytes, seen: bytes | None) -> None:
@@ -141,12 +141,10 @@ class LocalObjects:
                 file.seek(_whole_lines(path))
                 file.truncate()
                 file.write(rows)
+                file.flush()
                 _sync(file.fileno())
         except OSError as error:
-            raise StoreError(
-                f"{path}: cannot add {len(rows)} bytes: {error.strerror}; free some space or check the "
-                "permissions, then run the same command again"
-            ) from None
+            raise _unwritten(f"{path}: cannot add {len(rows)} bytes", error) from None
 
     def lines(self, log: str) -> bytes:
         if self.size(log) is None:
@@ -159,16 +157,39 @@ class LocalObjects:
             (self.folder / name).unlink(missing_ok=True)
 
     def sweep(self) -> None:
-        for partial in self.folder.rglob(f"*{PARTIAL_SUFFIX}"):
-            partial.unlink(missing_ok=True)
+        for folder, _, files in os.walk(self.folder):
+            for file in files:
+                if file.endswith(PARTIAL_SUFFIX):
+                    Path(folder, file).unlink(missing_ok=True)
 
     def clear(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
+def _unwritten(what: str, error: OSError) -> StoreError:
+    """What could not be written, and why, in words."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return NoSpaceError(
+            f"{what}: {error.strerror}; free some space, then run the same command again"
+        )
+    return StoreError(
+        f"{what}: {error.strerror}; check the permissions, then run the same command again"
+    )
+
+
+def make_folders(folder: Path) -> None:
+    """Make a folder and those above it, durably."""
+    if not folder.exists():
+        make_folders(folder.parent)
+        folder.mkdir(exist_ok=True)
+        _sync_folder(folder.parent)
+
+
 def _write_synced(path: Path, content: bytes | memoryview) -> None:
     with path.open("wb") as file:
         file.write(content)
+        # Else less than a buffer full is handed to the system after the sync.
+        file.flush()
         _sync(file.fileno())
 
 
