@@ -231,6 +231,7 @@ class Trials:
 
     def __init__(self, command: Callable[[Path], object], before: Path, folder: Path) -> None:
         self.command, self.before, self.folder = command, before, folder
+        folder.mkdir(exist_ok=True)
         self.whole, self.work = folder / "whole", folder / "work"
         self.seen: Counter[str] = Counter()
         self.failures: list[str] = []
@@ -243,8 +244,9 @@ class Trials:
             old = state_of(self.whole)
             disk = Disk(self.whole)
             self.command(self.whole)
-            lost = disk.lost_with_power
-            return {"old": old, "steps": disk.steps, "new": state_of(self.whole), "lost": lost}
+            steps = list(disk.steps)
+            new, lost = state_of(self.whole), disk.lost_with_power
+            return {"old": old, "steps": steps, "new": new, "lost": lost}
 
         code, found = in_child(work)
         assert code == 0, found

@@ -52,7 +52,7 @@ from pipeline.storage.commit import (
 from pipeline.storage.header import grown
 from pipeline.storage.history import History
 from pipeline.storage.ledger import Ledger, ledger_name
-from pipeline.storage.lock import Held, exclusive
+from pipeline.storage.lock import Held, exclusive, tidy
 from pipeline.storage.objects import LocalObjects, Location, Objects, absolute, objects_at
 from pipeline.storage.partitions import DEFAULT_PARTITION
 from pipeline.store import Store
@@ -134,6 +134,7 @@ def run_job(
     if state.commit is not None and not append:
         _require_no_append_under_way(store, state)
         check_same_files(str(store), state.history, archive_files(archive, config))
+        tidy(objects)
         return _report(store, state.history, state.commit, 0)
     with exclusive(objects) as lock:
         # Another process may have finished it, or appended, since we looked.

@@ -27,7 +27,7 @@ from pipeline.settings.loading import validated
 from pipeline.settings.run import RunConfig
 from pipeline.storage.commit import REPARTITION, Batch, named, write_commit
 from pipeline.storage.layout import StoreLayout
-from pipeline.storage.lock import Held, exclusive
+from pipeline.storage.lock import Held, exclusive, tidy
 from pipeline.storage.objects import Location
 from pipeline.storage.partitions import PartitionLedger, check_new_name, partition_ledger_name
 from pipeline.storage.places import Places, places_of
@@ -80,6 +80,8 @@ def repartition(
             store = open_store(location)
             if _missing_batches(store, layout, name):
                 written = _complete(store, lock, layout, name, rule, run, observer)
+    else:
+        tidy(store.objects)
     _check_same_rule(name, open_store(location).partition(name, layout.modality).rule, rule)
     return _report(location, layout, name, written)
 

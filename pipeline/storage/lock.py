@@ -77,6 +77,13 @@ def exclusive(objects: Objects) -> Iterator[Held]:
         held.release()
 
 
+def tidy(objects: Objects) -> None:
+    """Remove what a writer left that died after its commit; nothing where one is at work."""
+    if objects.size(LOCK):
+        with contextlib.suppress(StoreError), exclusive(objects):
+            objects.sweep()
+
+
 class _Lock(Protocol):
     location: str
 
