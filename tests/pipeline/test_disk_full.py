@@ -13,9 +13,8 @@ import pytest
 import pipeline.jobs.job
 from pipeline import open_store
 from pipeline.errors import NoSpaceError, StoreError
-from pipeline.jobs.space import in_units, telling_space
-from pipeline.settings.config import PreprocessConfig
-from pipeline.settings.loading import load_config
+from pipeline.jobs.space import in_units, telling_space, warn_if_short
+from pipeline.storage.layout import ArraySpec
 from pipeline.storage.objects import LocalObjects
 from support import aptile, assert_same_bytes, files, save_scene, textured
 
@@ -277,23 +276,28 @@ def test_bytes_are_told_as_people_say_them(number, text):
     assert in_units(number) == text
 
 
-def test_a_disk_too_small_for_the_plan_is_pointed_out_before_the_work(
-    disk, archives, caplog, in_this_process
-):
-    # Room for the metadata alone.
-    disk.resize(40 * PAGE)
-    config = load_config(PreprocessConfig, None, [*SETTINGS, "store.shard_tiles=512"])
-    with caplog.at_level(logging.WARNING, "aptile"), pytest.raises(NoSpaceError):
-        pipeline.jobs.job.run_job(str(archives / "first"), disk.folder / "store", config, Silent())
-    assert re.search(r"\d+ kB free, but the 1 shards that are left will need", caplog.text)
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        (
+            [{"objects": {"a": {"bytes": 2_000_000}}}],
+            "the 50 shards that are left will need about 100 MB",
+        ),
+        ([], "the 50 shards that are left will need about 160 MB or more"),
+        ([{"objects": {"a": {"bytes": 20_000}}}], None),
+    ],
+)
+def test_a_disk_too_small_for_the_plan_is_pointed_out_before_the_work(disk, caplog, rows, said):
+    # 25.6 MB a shard, of which an eighth is counted.
+    pixels = ArraySpec((9,), (50, 256, 1000), (1, 256, 1000), "uint16", ("frame", "y", "x"), 0)
+    with caplog.at_level(logging.WARNING, "aptile"):
+        warn_if_short(LocalObjects(disk.folder), rows, 50, [pixels])
+    assert (said in caplog.text) if said else not caplog.text
 
 
-class Silent:
-    """An observer that nobody listens to."""
-
-    def planned(self, num_tiles, done_tiles): ...
-
-    def shard_done(self, tiles): ...
+def test_nothing_is_said_where_nothing_is_left_to_do(tmp_path, caplog):
+    warn_if_short(LocalObjects(tmp_path), [], 0, [])
+    assert not caplog.text
 
 
 def test_other_reasons_than_a_full_disk_are_told_apart(tmp_path):
