@@ -3,11 +3,13 @@
 A script of its own: one process imports and compiles everything, then forks for every step. It may,
 because it starts no thread; only its children read and write stores.
 
-    python tests/crash_points.py ARCHIVE FURTHER FOLDER EVERY
+    python tests/crash_points.py FOLDER EVERY
 
-prints JSON: per command how many steps were tried, what readers saw, and what did not converge.
+takes the archives `archive`, `further` and `empty` in the folder, makes stores beside them and prints JSON:
+per command how many steps were tried, what readers saw, and what did not converge.
 """
 
+import contextlib
 import hashlib
 import io
 import json
@@ -28,7 +30,7 @@ import pandas  # noqa: F401 (pyarrow imports it at first use, which takes a seco
 import pipeline.jobs.job
 import pipeline.storage.lock
 from pipeline import open_store, partition_image
-from pipeline.errors import IntegrityError, StoreError
+from pipeline.errors import ArchiveError, IntegrityError, StoreError
 from pipeline.jobs.job import run_job
 from pipeline.jobs.repartition import repartition
 from pipeline.rules import FurtherRule
@@ -197,18 +199,29 @@ def plainly(function: Callable[[Any], Any], tasks: Iterable[Any], *_: object) ->
     return map(function, tasks)
 
 
-def commands(archive: str, further: str) -> dict[str, Callable[[Path], object]]:
+def commands(folder: Path) -> dict[str, Callable[[Path], object]]:
     """What is ended everywhere; each begins with the store that the one before makes."""
     config = load_config(PreprocessConfig, None, SETTINGS)
+    strict = load_config(
+        PreprocessConfig, None, [*SETTINGS, "validity.min_tile_valid_fraction=0.5"]
+    )
     rule, run = FurtherRule(quantile=0.3), RunConfig(workers=1)
 
     def cut(store: Path) -> object:
         return repartition(store, "lean", rule, run, Watching())
 
+    def refuse(store: Path) -> None:
+        with contextlib.suppress(ArchiveError):
+            run_job(f"{folder}/empty", store, strict, Watching())
+        assert not store.exists()
+
     return {
-        "preprocess": lambda store: run_job(archive, store, config, Watching()),
+        "refuse": refuse,
+        "preprocess": lambda store: run_job(f"{folder}/archive", store, config, Watching()),
         "repartition": cut,
-        "append": lambda store: run_job(further, store, config, Watching(), append=True),
+        "append": lambda store: run_job(
+            f"{folder}/further", store, config, Watching(), append=True
+        ),
         "repartition after append": cut,
     }
 
@@ -296,10 +309,10 @@ def copy(store: Path, to: Path) -> None:
         shutil.copytree(store, to)
 
 
-def main(archive: str, further: str, folder: Path, every: int) -> dict[str, Any]:
+def main(folder: Path, every: int) -> dict[str, Any]:
     warm_up()
     before, counts = folder / "nothing", {}
-    for name, command in commands(archive, further).items():
+    for name, command in commands(folder).items():
         trials = Trials(command, before, folder / name)
         found = trials.undisturbed()
         steps = found["steps"]
@@ -318,5 +331,5 @@ def main(archive: str, further: str, folder: Path, every: int) -> dict[str, Any]
 
 
 if __name__ == "__main__":
-    found = main(sys.argv[1], sys.argv[2], Path(sys.argv[3]), int(sys.argv[4]))
+    found = main(Path(sys.argv[1]), int(sys.argv[2]))
     sys.stdout.write(json.dumps(found))

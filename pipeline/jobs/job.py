@@ -51,8 +51,9 @@ from pipeline.storage.commit import (
 )
 from pipeline.storage.header import grown
 from pipeline.storage.history import History
+from pipeline.storage.layout import ROOT_METADATA
 from pipeline.storage.ledger import Ledger, ledger_name
-from pipeline.storage.lock import Held, exclusive, tidy
+from pipeline.storage.lock import LOCK, Held, exclusive, tidy
 from pipeline.storage.objects import LocalObjects, Location, Objects, absolute, objects_at
 from pipeline.storage.partitions import DEFAULT_PARTITION
 from pipeline.store import Store
@@ -174,10 +175,10 @@ def _begin(
             raise  # begun is begun: workers elsewhere may be writing still
         except StoreError:
             if not ledger.shards:
-                objects.clear()
+                _clear(objects)
             raise
         if report.tiles == 0:
-            objects.clear()
+            _clear(objects)
             _refuse_empty(archive, report)
         return report
 
@@ -193,11 +194,18 @@ def _nothing_left(objects: Objects) -> Iterator[Any]:
         yield lambda: kept.append(True)
     except BaseException:
         if not kept:
-            objects.clear()
+            _clear(objects)
             for folder in made[1:]:
                 with contextlib.suppress(OSError):
                     folder.rmdir()
         raise
+
+
+def _clear(objects: Objects) -> None:
+    """Remove all of a store: what says that it is one first, the lock last, so that this can be resumed."""
+    objects.remove([ROOT_METADATA])
+    objects.remove(name for name in objects.names() if name != LOCK)
+    objects.clear()
 
 
 def _resume(
@@ -222,6 +230,7 @@ def _resume(
     check_same_choice(objects.location, ledger, job)
     report = _complete(_Batch(objects, lock, state, header, job, ledger), observer)
     if report.tiles == 0:
+        _clear(objects)
         _refuse_empty(archive, report)
     return report
 

@@ -9,6 +9,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from pipeline.jobs.clients import WORKER_ENVIRONMENT
@@ -31,8 +32,10 @@ def crash(folder: Path, every: int) -> dict[str, dict]:
         save_scene(folder / "archive" / f"{name}.tif", textured((1, 32, 64), seed=seed))
     shutil.copytree(folder / "archive", folder / "further")
     save_scene(folder / "further" / "a_20200201.tif", textured((1, 32, 64), seed=3))
+    empty = np.zeros((1, 32, 64), np.uint16)
+    save_scene(folder / "empty" / "a_20200101.tif", empty, nodata=0)
     done = subprocess.run(
-        [sys.executable, RUNNER, folder / "archive", folder / "further", folder, str(every)],
+        [sys.executable, RUNNER, folder, str(every)],
         env={**os.environ, **WORKER_ENVIRONMENT, "PYTHONPATH": f"{ROOT}:{RUNNER.parent}"},
         capture_output=True,
         text=True,
