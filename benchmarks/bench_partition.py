@@ -16,7 +16,7 @@ import rasterio
 from affine import Affine
 
 sys.path.insert(0, str(Path(__file__).parent))
-from common import arguments, best_seconds, report
+from common import Silent, arguments, best_seconds, report
 from pipeline.cut import leaves, splits_by_budget, splits_by_thresholds
 from pipeline.grid import BaseGrid
 from pipeline.jobs.job import run_job
@@ -28,16 +28,6 @@ from pipeline.settings.loading import load_config
 from pipeline.settings.run import RunConfig
 
 TILE_PX, CELLS = 64, 16
-
-
-class Silent:
-    """An observer that does not listen."""
-
-    def planned(self, num_tiles: int, done_tiles: int) -> None:
-        del num_tiles, done_tiles
-
-    def shard_done(self, tiles: int) -> None:
-        del tiles
 
 
 def score_pyramid(frames: int, cells: int, levels: int) -> list[np.ndarray]:

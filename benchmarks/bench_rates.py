@@ -29,7 +29,7 @@ from affine import Affine
 from rasterio.errors import RasterioError
 
 sys.path.insert(0, str(Path(__file__).parent))
-from common import arguments, report
+from common import Silent, arguments, report
 from pipeline.jobs.job import run_job
 from pipeline.locations import as_root
 from pipeline.readers.rasters import open_raster
@@ -104,14 +104,6 @@ def core_seconds() -> float:
     """Of this process and of its children that have ended."""
     spent = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return sum(usage.ru_utime + usage.ru_stime for usage in spent)
-
-
-class Silent:
-    """An observer that says nothing."""
-
-    def planned(self, num_tiles: int, done_tiles: int) -> None: ...
-
-    def shard_done(self, tiles: int) -> None: ...
 
 
 def job_seconds(scene: Path, copies: int, folder: Path) -> float:

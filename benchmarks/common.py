@@ -12,9 +12,14 @@ from typing import Any
 import numpy as np
 import spyndex
 
+from pipeline.jobs.observer import Observer
 from pipeline.locations import as_root
 from pipeline.readers.rasters import open_raster
 from pipeline.scenes import Access
+
+
+class Silent(Observer):
+    """Nobody watches."""
 
 
 def arguments(description: str, scenes: bool = False, pictures: bool = False) -> argparse.Namespace:

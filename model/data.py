@@ -7,13 +7,13 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from torch.utils.data import Dataset
 
 from model.packing import TokenBatch, pack
 from pipeline.errors import ConfigError
+from pipeline.storage.objects import Location
 from pipeline.storage.partitions import DEFAULT_PARTITION
 from pipeline.storage.tiles import Tile
 from pipeline.store import Store, open_store
@@ -30,7 +30,7 @@ class TileDataset(Dataset[Tile]):
 
     def __init__(
         self,
-        store: Store | str | Path,
+        store: Store | Location,
         modality: str | None = None,
         partition: str = DEFAULT_PARTITION,
     ) -> None:

@@ -28,6 +28,7 @@ from model.packing import TokenBatch
 from pipeline.errors import StoreError
 from pipeline.scorers.config import Frozen
 from pipeline.settings.canonical import canonical_json
+from pipeline.storage.objects import Location
 
 CHECKPOINT, LOSS_FILE, RUN_FILE, ENCODER = (
     "checkpoint.safetensors",
@@ -159,7 +160,7 @@ class RunFiles(Callback):
 
 
 def train(
-    store: Path, out: Path, config: TrainConfig, observer: Callable[[int, float], None]
+    store: Location, out: Path, config: TrainConfig, observer: Callable[[int, float], None]
 ) -> TrainReport:
     """Train, or go on with, a run in folder `out`; a finished run is left alone.
 

@@ -77,13 +77,17 @@ def leaves(splits: np.ndarray, nodes: np.ndarray, grid: BaseGrid) -> Leaves:
     return Leaves(scales[:used], counts, tokens)
 
 
-def fill_partition(
-    blocks: dict[str, np.ndarray], group: str, slots: np.ndarray, cut: Leaves
-) -> None:
-    """Put the leaves of the frames in `slots`, ascending, into a shard's blocks of a partition."""
-    blocks[f"{group}/scales"][: cut.scales.size] = cut.scales
-    blocks[f"{group}/counts"][slots] = cut.counts
-    blocks[f"{group}/tokens"][slots] = cut.tokens
+def partition_blocks(
+    group: str, slots: np.ndarray, cut: Leaves, num_slots: int
+) -> dict[str, np.ndarray]:
+    """The arrays of a partition, by path, of a shard's leading `num_slots` slots.
+
+    `slots`, ascending, are those of the frames in `cut`; the others have no leaf.
+    """
+    counts = np.zeros(num_slots, np.int32)
+    tokens = np.zeros((num_slots, cut.tokens.shape[1]), np.int32)
+    counts[slots], tokens[slots] = cut.counts, cut.tokens
+    return {f"{group}/scales": cut.scales, f"{group}/counts": counts, f"{group}/tokens": tokens}
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")

@@ -9,7 +9,9 @@ EXIT_USAGE = 2
 EXIT_QUARANTINED = 3
 EXIT_INTEGRITY = 4
 EXIT_LOCKED = 5
+# As shells give for Ctrl-C and for SIGTERM.
 EXIT_INTERRUPTED = 130
+EXIT_TERMINATED = 143
 
 
 class AptileError(ValueError):

@@ -12,9 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-import fsspec
-
-from pipeline.errors import ArchiveError, ConfigError, SceneError
+from pipeline.errors import AptileError, ArchiveError, ConfigError, SceneError
 from pipeline.scenes import Access
 
 SCHEMES = ("https", "http", "s3", "gs", "az", "abfs")
@@ -42,7 +40,7 @@ def as_root(location: str) -> str:
 def check_allowed(href: str, access: Access) -> None:
     """Raise SceneError unless `href` lies below one of the roots."""
     if not any(_below(href, root) for root in access.roots):
-        where = href if is_url(href) else Path(href).resolve()
+        where = href if is_url(href) else _resolved(href)
         raise SceneError(
             f"points to {where}, outside {', '.join(access.roots)}; if you trust it, add it to run.allow"
         )
@@ -66,25 +64,19 @@ def signed(href: str, access: Access) -> str:
     return str(_function(access.sign)(href))
 
 
-def file_fingerprint(href: str) -> str:
-    """Size and modification time of a local file, size and entity tag of a remote one.
+def file_fingerprint(path: str) -> str:
+    """Size and modification time of a local file; different whenever it was rewritten.
 
-    Cheap, and different whenever a file was rewritten. Raises OSError where there is no such file.
+    Raises OSError where there is no such file. Of any file: `pipeline.fetch.files.fingerprint`.
     """
-    if not is_url(href):
-        status = Path(href).stat()
-        return f"{status.st_size}-{status.st_mtime_ns}"
-    # Where a server sends one elsewhere, nobody has allowed to go.
-    options = {"allow_redirects": False} if href.startswith(("http:", "https:")) else {}
-    file_system, path = fsspec.core.url_to_fs(href, **options)
-    details = file_system.info(path)
-    tags = ("ETag", "etag", "LastModified", "Last-Modified")
-    tag = next((details[name] for name in tags if details.get(name)), "")
-    return f"{details.get('size')}-{tag}".replace('"', "")
+    status = Path(path).stat()
+    return f"{status.st_size}-{status.st_mtime_ns}"
 
 
 def reason_of(error: BaseException) -> str:
     """Why something could not be read, on one line: what the system said, where that is behind it."""
+    if isinstance(error, AptileError):
+        return str(error)
     behind: BaseException | None = error
     while behind is not None:
         # Clients wrap what the system said in texts of their own, or in the bare address.
@@ -104,11 +96,16 @@ def _scheme(location: str) -> str:
         return ""
 
 
+def _resolved(path: str) -> Path:
+    """The absolute path with links followed; a circle of links stays as it is, and cannot be opened."""
+    return Path(os.path.realpath(path))
+
+
 def _below(href: str, root: str) -> bool:
     if is_url(href) != is_url(root):
         return False
     if not is_url(href):
-        return Path(href).resolve().is_relative_to(root)
+        return _resolved(href).is_relative_to(root)
     try:
         parts, allowed = urlsplit(href), urlsplit(root)
     except ValueError:

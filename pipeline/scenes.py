@@ -4,7 +4,7 @@ Pure data: nothing here opens a file. Pixels are read later, by window (`pipelin
 """
 
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 Transform = tuple[float, float, float, float, float, float]
 
@@ -18,8 +18,18 @@ class Window(NamedTuple):
     width: int
 
 
+class _Compact:
+    """Is pickled as its fields' values: scenes travel with every task, by the dozen."""
+
+    __slots__ = ()
+
+    def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
+        # The slots of a dataclass are its fields, in order.
+        return type(self), tuple(map(self.__getattribute__, self.__slots__))
+
+
 @dataclass(frozen=True, slots=True)
-class Grid:
+class Grid(_Compact):
     """Where pixels lie. `transform` holds the affine coefficients (a, b, c, d, e, f) of
     x = a col + b row + c, y = d col + e row + f.
 
@@ -45,7 +55,7 @@ class Grid:
 
 
 @dataclass(frozen=True, slots=True)
-class Plane:
+class Plane(_Compact):
     """One band inside an asset.
 
     `key` is the band's 0-based number in a raster file, or the path of an array below its store, with the
@@ -61,7 +71,7 @@ class Plane:
 
 
 @dataclass(frozen=True, slots=True)
-class Asset:
+class Asset(_Compact):
     """Bands of one scene that lie in one file (or variable group) on one grid with one type.
 
     `href` is an absolute path or a URL. `select` fixes further dimensions of an array, such as
@@ -92,7 +102,7 @@ class Asset:
 
 
 @dataclass(frozen=True, slots=True)
-class Scene:
+class Scene(_Compact):
     """One acquisition of one modality; `assets` hold each of its bands once.
 
     `datetime` is ISO 8601 in UTC ("2017-09-18T00:00:00Z"), None where nothing states it. `place` names
@@ -151,14 +161,35 @@ class Listing:
 
 
 @dataclass(frozen=True)
+class Retries:
+    """How a read that fails for a passing reason is tried again: `first_wait_s` after the first attempt,
+    each further time `factor` times as long but at most `longest_wait_s`, until `attempts` were made or
+    `budget_s` would be over. A server that is silent for `timeout_s` failed."""
+
+    attempts: int = 5
+    first_wait_s: float = 0.5
+    factor: float = 3.0
+    longest_wait_s: float = 30.0
+    timeout_s: float = 30.0
+    budget_s: float = 300.0
+
+
+@dataclass(frozen=True)
 class Access:
     """What may be opened, and how much of it at once. Small: it travels with every task.
 
     `roots` are absolute folders or URL prefixes; nothing outside them is opened. `drivers` are GDAL
-    driver names. `sign` is "package.module:function", called with a URL and returning the URL to use.
+    driver names. `max_scene_px` bounds height times width of a scene. `sign` is "package.module:function",
+    called with a URL and returning the URL to use. `checksums` is a list of the files' checksums, relative
+    to the archive. Servers at private addresses are refused unless a root names the address itself, or all
+    are allowed.
     """
 
     roots: tuple[str, ...]
     drivers: tuple[str, ...] = ("GTiff", "JPEG", "PNG")
     max_block_bytes: int = 256 * 2**20
+    max_scene_px: int = 2**36
     sign: str | None = None
+    checksums: str | None = None
+    allow_private_addresses: bool = False
+    retries: Retries = Retries()

@@ -59,6 +59,7 @@ class Store:
         self.header = header
         self._commit = commit
         self._checked_shards: set[tuple[str, str, int]] = set()
+        self._checked_arrays: set[str] = set()
         self._frame_tables: dict[str, FrameTable] = {}
         self._row_tables: dict[tuple[str, str], tuple[np.ndarray, np.ndarray]] = {}
         self._partition_shards: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
@@ -259,7 +260,11 @@ class Store:
         return Frames(values(pixels), values(valid), scales)
 
     def per_frame(self, modality: str, name: str) -> np.ndarray:
-        """The whole of a small array that has a few numbers per frame slot, such as `num_valid`."""
+        """The whole of a small array that has a few numbers per frame slot, such as `num_valid`.
+
+        Raises IntegrityError if an object of it is lost or has another size.
+        """
+        self._check_whole(modality, name)
         return self._whole(f"{modality}/{name}")
 
     @cached_property
@@ -276,8 +281,7 @@ class Store:
 
         A lost object would read as fill value; so every shard is looked at once before use.
         """
-        for shard in np.unique(shards).tolist():
-            self._check_objects(("", "", shard), self.history.shards)
+        self._check_objects("", "", shards, self.history.shards)
 
     def _check_partition_shards(self, modality: str, name: str, shards: np.ndarray) -> None:
         key = (modality, name)
@@ -289,20 +293,40 @@ class Store:
                 f"{self.location}: partition {name!r} of {modality} was made before {len(missing)} shards "
                 "were appended; run its `aptile repartition` command again to complete it"
             )
-        for shard in np.unique(shards).tolist():
-            self._check_objects((*key, shard), self._partition_shards[key])
+        self._check_objects(*key, shards, self._partition_shards[key])
 
-    def _check_objects(self, key: tuple[str, str, int], rows: dict[int, dict[str, Any]]) -> None:
-        if key in self._checked_shards:
+    def _check_whole(self, modality: str, name: str) -> None:
+        """Of the default partition, and of arrays beside partitions, the objects of one array."""
+        layout, array = self.layouts[modality], f"{modality}/{name}"
+        spec = layout.arrays().get(array)
+        if self._commit is None or spec is None or array in self._checked_arrays:
             return
-        for name, written in rows[key[2]]["objects"].items():
-            size = self.objects.size(name)
-            if size != written["bytes"]:
+        of_shards = {
+            f"{array}/{spec.shard_key(shard)}": row["objects"]
+            for shard, row in self.history.shards.items()
+        }
+        self._check_sizes({key: named.get(key) for key, named in of_shards.items()})
+        self._checked_arrays.add(array)
+
+    def _check_objects(
+        self, modality: str, name: str, shards: np.ndarray, rows: dict[int, dict[str, Any]]
+    ) -> None:
+        keys = {(modality, name, shard) for shard in shards.tolist()} - self._checked_shards
+        self._check_sizes(
+            {path: what for key in sorted(keys) for path, what in rows[key[2]]["objects"].items()}
+        )
+        self._checked_shards |= keys
+
+    def _check_sizes(self, named: dict[str, dict[str, Any] | None]) -> None:
+        """What the ledger says of some objects, None where it names none, against what is there."""
+        sizes = self.objects.sizes(named)
+        for path, what in named.items():
+            size, said = sizes.get(path), None if what is None else what["bytes"]
+            if size != said:
                 raise IntegrityError(
-                    f"{self.location}/{name} is {'missing' if size is None else f'{size} bytes long'}; the "
-                    f"ledger says {written['bytes']} bytes: {MEND}"
+                    f"{self.location}/{path} is {'missing' if size is None else f'{size} bytes long'}; the "
+                    f"ledger says {'none' if said is None else f'{said} bytes'}: {MEND}"
                 )
-        self._checked_shards.add(key)
 
     def _read(self, name: str, frames: np.ndarray) -> np.ndarray:
         return values(self._arrays.pending(name, frames))

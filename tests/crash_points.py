@@ -20,7 +20,7 @@ import sys
 import threading
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ import pipeline.storage.lock
 from pipeline import open_store, partition_image
 from pipeline.errors import ArchiveError, IntegrityError, StoreError
 from pipeline.jobs.job import run_job
+from pipeline.jobs.measures import MEASURES
 from pipeline.jobs.repartition import repartition
 from pipeline.rules import FurtherRule
 from pipeline.settings.config import PreprocessConfig
@@ -93,6 +94,8 @@ class Disk:
                 self.step(f"open {path}")
         elif event in _CHANGES and str(args[0]).startswith(self._folder):
             path = str(args[1] if event == "os.rename" else args[0])
+            if event == "os.mkdir" and Path(path).exists():
+                return
             if event == "os.rename":
                 self._expect_synced(str(args[0]), path)
             self.step(f"{event} {path}")
@@ -194,9 +197,14 @@ def _all_tiles(opened: Store, modality: str, partition: str) -> bytes:
     return digest.digest()
 
 
-def plainly(function: Callable[[Any], Any], tasks: Iterable[Any], *_: object) -> Iterator[Any]:
+def plainly(
+    function: Callable[[Any], Any], tasks: Iterable[Any], *_: object
+) -> Generator[list[dict[str, Any]]]:
     """Stands for `run_tasks`: all of the work in this process, in order."""
-    return map(function, tasks)
+    for task in tasks:
+        row = function(task)
+        row.pop(MEASURES, None)
+        yield [row]
 
 
 def commands(folder: Path) -> dict[str, Callable[[Path], object]]:

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 import pipeline.jobs.job
+from crash_points import plainly
 from pipeline.jobs.job import run_job
 from pipeline.jobs.repartition import repartition
 from pipeline.rules import FurtherRule
@@ -35,7 +36,7 @@ def grow(archives: list[str], store: Path) -> None:
 
 
 def add(archive: str, store: Path) -> None:
-    pipeline.jobs.job.run_tasks = lambda function, tasks, *_: map(function, tasks)
+    pipeline.jobs.job.run_tasks = plainly
     config = load_config(PreprocessConfig, None, SETTINGS)
     run_job(archive, store, config, Watching(), append=store.exists())
 

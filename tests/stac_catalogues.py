@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.scenes import Access
+from pipeline.scenes import Access, Retries
 from pipeline.settings.modality import ModalityConfig
 from support import save_scene, textured
 
@@ -19,7 +19,7 @@ MODALITY = ModalityConfig(name="s2", bands=("B02", "B03"))
 
 def access_to(folder: Path | str, **options: Any) -> Access:
     """Access to one folder or URL prefix."""
-    return Access(roots=(str(folder),), **options)
+    return Access(roots=(str(folder),), **{"retries": Retries(attempts=1), **options})
 
 
 def write_rasters(folder: Path, name: str, bands: tuple[str, ...] = ("B02", "B03")) -> None:

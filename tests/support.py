@@ -12,7 +12,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from rasterio.errors import NotGeoreferencedWarning
 
+from pipeline.errors import StoreError
 from pipeline.grid import BaseGrid
+from pipeline.jobs.measures import Measures
+from pipeline.jobs.observer import Observer
 from pipeline.scenes import Asset, Grid, Plane, Scene
 from pipeline.storage.commit import COMMIT, read_commit
 from pipeline.storage.objects import LocalObjects
@@ -83,11 +86,13 @@ def grids_and_maps(draw, num_frames=None, levels=8):
     return grid, maps if num_frames else [m[0] for m in maps]
 
 
-class Watching:
+class Watching(Observer):
     """An observer that keeps what it hears, and can interrupt the job after some shards."""
 
     def __init__(self, interrupt_after: int | None = None) -> None:
         self.done, self.tiles, self.interrupt_after = 0, 0, interrupt_after
+        self.happenings: list[tuple[str, str]] = []
+        self.measures: list[Measures] = []
 
     def planned(self, plan, done_tiles):
         self.tiles = done_tiles
@@ -97,6 +102,28 @@ class Watching:
         self.tiles += tiles
         if self.done == self.interrupt_after:
             raise KeyboardInterrupt
+
+    def measured(self, measures):
+        self.measures.append(measures)
+
+    def happened(self, what, text):
+        self.happenings.append((what, text))
+
+
+def counted(number: int) -> dict[str, int]:
+    """A task that does nothing."""
+    return {"shard": number}
+
+
+def hungry(number: int) -> dict[str, int]:
+    """A task that runs out of memory, unless it is an even one."""
+    if number % 2:
+        raise MemoryError
+    return counted(number)
+
+
+def refused() -> None:
+    raise StoreError("so not")
 
 
 def files(store: Path) -> list[str]:

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,11 @@ from affine import Affine
 from support import aptile, save_scene, textured
 
 DEAD = "http://127.0.0.1:9"  # nobody listens at port 9
+IMPATIENT = {"retries": {"attempts": 1}}
 ARCHIVE = Path("ARCHIVE")
+ALIASES = "a: &a [0, 0, 0, 0, 0, 0, 0, 0, 0, 0]\n" + "".join(
+    f"{more}: &{more} [{', '.join([f'*{name}'] * 10)}]\n" for name, more in pairwise("abcdefgh")
+)
 
 
 @dataclass(frozen=True)
@@ -197,8 +202,9 @@ COMMAND_LINE = {
     "a preset's file that is not there": wrong(tif(), options=("--preset", "mine.yaml")),
     "two presets": wrong(tif(), preset="rgb", options=("--preset", "s2_l2a")),
     "a scheme that is not known": wrong(source="ftp://server/scenes"),
-    "a folder on a web server": wrong(source=f"{DEAD}/scenes"),
-    "a file on a server that does not answer": wrong(source=f"{DEAD}/a.tif"),
+    "a folder on a web server": wrong(source=f"{DEAD}/scenes/*.tif"),
+    "a file on a server that does not answer": wrong(source=f"{DEAD}/a.tif", run=IMPATIENT),
+    "a server at a private address": wrong(source="http://127.1/a.tif"),
     "a Dask scheduler without a port": wrong(tif(), options=("--scheduler", "login-node")),
 }
 CONFIGURATION = {
@@ -208,6 +214,7 @@ CONFIGURATION = {
     "a key twice": wrong(
         tif(), config_text("run: {}\nstore: {}\nrun: {}\n")
     ),
+    "aliases of aliases": wrong(tif(), config_text(ALIASES)),
     "a list at the top level": wrong(
         tif(), config_text("- modality\n")
     ),
@@ -259,6 +266,7 @@ FOLDERS = {
     "scenes with different bands": wrong(tif("a.tif", 3), tif("b.tif", 4)),
     "scenes with different pixel types": wrong(tif("a.tif"), tif("b.tif", dtype="float32")),
     "a preset with more bands than the files": wrong(tif(), options=("--preset", "s2_l2a")),
+    "a scene of too many pixels": wrong(tif(), run={"max_scene_px": 1000}),
     "complex SAR data": wrong(tif("slc.tif", 1, dtype="complex64")),
     "`nodata` that the pixels cannot hold": wrong(tif(), modality={"nodata": -9999}),
     "JPEG 2000 without `run.jpeg2000`": wrong(text("T32TNS_B02.jp2", JPEG2000)),
@@ -306,6 +314,12 @@ TABLES = {
     ),
     "a table that is not UTF-8": wrong(tif(), dates(b"scene,datetime\n\xe4,2020"), modality=DATES),
     "a table that is not there": wrong(tif(), modality=DATES),
+    "a list of checksums that is none": wrong(
+        tif(), text("SUMS", "a.tif 123"), run={"checksums": "SUMS"}
+    ),
+    "a scene that is not in the list of checksums": wrong(
+        tif(), text("SUMS", f"{'0' * 64}  b.tif"), run={"checksums": "SUMS"}
+    ),
     "a table of other scenes": wrong(tif(), dates("scene,datetime\nb,2020-01-01"), modality=DATES),
     "two dates for one scene": wrong(
         tif(), dates("scene,datetime\na,2020-01-01\na.tif,2020-01-02"), modality=DATES
@@ -333,7 +347,9 @@ CATALOGUES = {
         text("items.json", "<html>"), source="ARCHIVE/items.json", options=B02
     ),
     "two items of one id": stac(item(), item()),
-    "a STAC API that nobody answers": wrong(source=f"stac+{DEAD}?collections=a", options=B02),
+    "a STAC API that nobody answers": wrong(
+        source=f"stac+{DEAD}?collections=a", options=B02, run=IMPATIENT
+    ),
     "a search for everything": wrong(source=f"stac+{DEAD}", options=B02),
 }
 CUBES = {

@@ -1,14 +1,16 @@
 """The `aptile` command: parse, one call, exit code. Each command lives in its own module."""
 
 import os
+import signal
 import sys
 from collections.abc import Callable
 from importlib.metadata import version
+from types import FrameType
 from typing import Any
 
 from cyclopts import App, CycloptsError, UnusedCliTokensError
 
-from pipeline.errors import EXIT_INTERRUPTED, EXIT_USAGE, AptileError
+from pipeline.errors import EXIT_INTERRUPTED, EXIT_TERMINATED, EXIT_USAGE, AptileError
 
 _EXTRA_OF = {
     "torch": "train",
@@ -37,17 +39,28 @@ for _command, _help in (
     ("inspect", "Show token counts of a store, and pictures of its tiles."),
     ("log", "List the commits of a store."),
     ("repartition", "Cut the tiles of a store by another rule, from its score maps."),
+    ("verify", "Compare a store with what was committed, and say how damage is mended."),
     ("train", "Train an APT encoder on the tiles of a store."),
     ("demo", "Try all of it on a real Sentinel-2 chip."),
 ):
     app.command(f"workflows.{_command}:{_command}", name=_command, help=_help)
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, as batch systems and `kill` send it: ends a job like Ctrl-C."""
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise Terminated
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit with its code."""
+    signal.signal(signal.SIGTERM, _terminate)
     code = run(lambda: app(arguments, exit_on_error=False, print_error=False))
-    if code == EXIT_INTERRUPTED:
-        # Python would wait for threads that wait for a server.
+    if code in (EXIT_INTERRUPTED, EXIT_TERMINATED):
+        # Python would wait for threads that wait for a server, and a third Ctrl-C says nothing new.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -74,9 +87,12 @@ def run(command: Callable[[], Any]) -> int:
             f"{error.filename}: {error.strerror}; change who may use it, or give another path",
             EXIT_USAGE,
         )
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
+        terminated = isinstance(interrupt, Terminated)
         return _complain(
-            "interrupted; nothing is lost, run the same command again to go on", EXIT_INTERRUPTED
+            f"{'terminated' if terminated else 'interrupted'}; nothing is lost, run the same command again "
+            "to go on",
+            EXIT_TERMINATED if terminated else EXIT_INTERRUPTED,
         )
     except ImportError as error:
         package = _missing_package(error)

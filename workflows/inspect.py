@@ -12,6 +12,7 @@ from pipeline.settings.canonical import plain
 from pipeline.stats import TOKEN_PERCENTILES, token_table
 from pipeline.storage.partitions import DEFAULT_PARTITION
 from pipeline.store import Store, open_store
+from workflows.locations import StoreLocation
 from workflows.terminal import console, note, plain_table, print_json
 
 # Rows of the curve are at these fractions of the scores.
@@ -19,7 +20,7 @@ _CURVE_STEPS = 20
 
 
 def inspect(
-    store: Path,
+    store: StoreLocation,
     tile: str | None = None,
     *,
     modality: str | None = None,
@@ -35,7 +36,7 @@ def inspect(
     Parameters
     ----------
     store
-        A store made by `aptile preprocess`.
+        A store made by `aptile preprocess`: a path, or a URL (s3://, gs://, az://).
     tile
         Id of one tile, as listed with --json; its counts instead of the whole store's.
     modality

@@ -1,7 +1,6 @@
 """`aptile log`: the commits of a store, each of which can still be read."""
 
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import Parameter
@@ -9,10 +8,11 @@ from cyclopts import Parameter
 from pipeline.errors import EXIT_OK, StoreError
 from pipeline.storage.commit import Commit, all_commits, commit_name
 from pipeline.storage.objects import Objects, objects_at
+from workflows.locations import StoreLocation
 from workflows.terminal import console, plain_table, print_json
 
 
-def log(store: Path, *, json: Annotated[bool, Parameter(negative="")] = False) -> int:
+def log(store: StoreLocation, *, json: Annotated[bool, Parameter(negative="")] = False) -> int:
     """List the commits of a store, the newest last.
 
     `aptile inspect STORE --commit N` and `open_store(STORE, commit=N)` read an earlier one.

@@ -6,17 +6,21 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from pipeline.errors import EXIT_OK, EXIT_QUARANTINED, ConfigError
+from pipeline.jobs.engine import check_report
 from pipeline.jobs.job import JobReport, run_job
 from pipeline.planning.explain import explain, in_words
 from pipeline.planning.inputs import Job, plan_job
 from pipeline.settings.config import PreprocessConfig
 from pipeline.settings.loading import load_config
-from workflows.terminal import ShardProgress, note, print_json, progress_bar
+from pipeline.storage.objects import Location
+from workflows.locations import StoreLocation
+from workflows.progress import Effort, JobProgress
+from workflows.terminal import note, print_json, repaired_in_words
 
 
 def preprocess(
     source: str,
-    store: Path,
+    store: StoreLocation,
     *,
     config: Path | None = None,
     preset: str | None = None,
@@ -25,6 +29,8 @@ def preprocess(
     scheduler: str | None = None,
     append: Annotated[bool, Parameter(negative="")] = False,
     retry_quarantined: Annotated[bool, Parameter(negative="")] = False,
+    max_quarantine: str | None = None,
+    report: Path | None = None,
     dry_run: Annotated[bool, Parameter(negative="")] = False,
     json: Annotated[bool, Parameter(negative="")] = False,
 ) -> int:
@@ -37,7 +43,7 @@ def preprocess(
     source
         Folder of scenes, a quoted glob, a Zarr or netCDF dataset, a STAC catalogue or a URL.
     store
-        Path of the store to make or complete.
+        The store to make or complete: a path, or a URL (s3://, gs://, az://).
     config
         YAML file with any of the settings.
     preset
@@ -53,16 +59,23 @@ def preprocess(
         Add the scenes that a finished store has not got, as its next commit.
     retry_quarantined
         With --append: take in once more what could not be read before.
+    max_quarantine
+        Stop as soon as more inputs are quarantined: a number, or a share such as 1%.
+    report
+        Write Dask's performance report of the run to this HTML file.
     dry_run
         Show the plan; write nothing.
     json
         Print the result as JSON on stdout.
     """
     overrides = list(set_ or [])
-    if workers is not None:
-        overrides.append(f"run.workers={workers}")
-    if scheduler is not None:
-        overrides.append(f"run.scheduler={scheduler}")
+    run = {
+        "workers": workers,
+        "scheduler": scheduler,
+        "max_quarantine": max_quarantine,
+        "report": report,
+    }
+    overrides += [f"run.{key}={value}" for key, value in run.items() if value is not None]
     settings = load_config(PreprocessConfig, config, overrides, preset)
     if retry_quarantined and not append:
         raise ConfigError("--retry-quarantined has no effect without --append; add it")
@@ -71,29 +84,30 @@ def preprocess(
             raise ConfigError("--dry-run shows the plan of a new store; leave out --append")
         _show_plan(plan_job(source, settings), json)
         return EXIT_OK
-    report = preprocess_archive(source, store, settings, append, retry_quarantined)
+    done, effort = preprocess_archive(source, store, settings, append, retry_quarantined)
     if json:
-        print_json(_as_json(report))
-    return EXIT_QUARANTINED if report.quarantined else EXIT_OK
+        print_json({**_as_json(done), "run": effort.as_json()})
+    return EXIT_QUARANTINED if done.quarantined else EXIT_OK
 
 
 def preprocess_archive(
     source: str,
-    store: Path,
+    store: Location,
     settings: PreprocessConfig,
     append: bool = False,
     retry_quarantined: bool = False,
-) -> JobReport:
+) -> tuple[JobReport, Effort]:
     """Run the job with a progress bar, and say what came of it."""
-    with progress_bar("tiles") as bar:
+    check_report(settings.run)
+    with JobProgress("preprocess") as progress:
         report = run_job(
-            source,
-            store,
-            settings,
-            ShardProgress(bar, "preprocess"),
-            append=append,
-            retry_quarantined=retry_quarantined,
+            source, store, settings, progress, append=append, retry_quarantined=retry_quarantined
         )
+    _say(report)
+    return report, progress.effort
+
+
+def _say(report: JobReport) -> None:
     for text in report.notes:
         note(f"note: {text}")
     for word, reasons in (
@@ -105,14 +119,19 @@ def preprocess_archive(
             note(f"{word} {scene}: {reason}")
     left_out = report.tiles_left_out, report.frames_left_out
     note(
-        f"{store}: {report.inputs} inputs = {report.done} done + {len(report.quarantined)} quarantined"
+        f"{report.store}: {report.inputs} inputs = {report.done} done"
+        f" + {len(report.quarantined)} quarantined"
         f" + {len(report.skipped)} skipped; {report.tiles} tiles in {report.shards} shards"
         + (f"; {left_out[0]} tiles and {left_out[1]} frames left out" if any(left_out) else "")
         + (f"; splits {_counts(report.splits)}" if report.splits else "")
         + (f"; commit {report.commit}" if report.commit > 1 else "")
-        + ("; complete already, nothing to do" if report.shards_written == 0 else "")
+        + (f"; {repaired_in_words(*report.repaired)}" if any(report.repaired) else "")
+        + ("; complete already, nothing to do" if _left_alone(report) else "")
     )
-    return report
+
+
+def _left_alone(report: JobReport) -> bool:
+    return report.shards_written == 0 and not any(report.repaired)
 
 
 def _counts(numbers: dict[str, int]) -> str:
@@ -135,6 +154,8 @@ def _as_json(report: JobReport) -> dict[str, object]:
         "splits": report.splits,
         "shards": report.shards,
         "shards_written": report.shards_written,
+        "repaired_objects": report.repaired[0],
+        "repaired_shards": report.repaired[1],
     }
 
 

@@ -1,6 +1,5 @@
 """`aptile repartition`: another partition of a store, from its score maps."""
 
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
@@ -12,11 +11,13 @@ from pipeline.rules import FurtherRule, rule_in_words
 from pipeline.settings.canonical import plain
 from pipeline.settings.loading import validated
 from pipeline.settings.run import RunConfig
-from workflows.terminal import ShardProgress, note, print_json, progress_bar
+from workflows.locations import StoreLocation
+from workflows.progress import JobProgress
+from workflows.terminal import note, print_json, repaired_in_words
 
 
 def repartition(
-    store: Path,
+    store: StoreLocation,
     *,
     name: str,
     modality: str | None = None,
@@ -38,7 +39,7 @@ def repartition(
     Parameters
     ----------
     store
-        A store made by `aptile preprocess`.
+        A store made by `aptile preprocess`: a path, or a URL (s3://, gs://, az://).
     name
         Name of the new partition, for example tokens-64.
     modality
@@ -72,18 +73,21 @@ def repartition(
     }
     rule = validated(FurtherRule, given, "repartition")
     run = validated(RunConfig, {"workers": workers, "scheduler": scheduler}, "repartition")
-    with progress_bar("tiles") as bar:
-        report = run_repartition(
-            store, name, rule, run, ShardProgress(bar, "repartition"), modality
-        )
+    with JobProgress("repartition") as progress:
+        report = run_repartition(store, name, rule, run, progress, modality)
     note(
         f"{store}: partition {name} by {rule_in_words(report.rule)}; {report.mean_tokens:.6g} tokens per "
         f"tile on average, {report.tiles} tiles in {report.shards} shards"
-        + ("; complete already, nothing to do" if report.shards_written == 0 else "")
+        + (f"; {repaired_in_words(*report.repaired)}" if any(report.repaired) else "")
+        + ("; complete already, nothing to do" if _left_alone(report) else "")
     )
     if json:
         print_json(_as_json(report))
     return EXIT_OK
+
+
+def _left_alone(report: RepartitionReport) -> bool:
+    return report.shards_written == 0 and not any(report.repaired)
 
 
 def _numbers(text: str) -> list[float]:
@@ -97,4 +101,6 @@ def _numbers(text: str) -> list[float]:
 
 def _as_json(report: RepartitionReport) -> dict[str, Any]:
     content: dict[str, Any] = plain(vars(report))
-    return {**content, "store": str(report.store)}
+    objects, shards = content.pop("repaired")
+    counts = {"repaired_objects": objects, "repaired_shards": shards}
+    return {**content, "store": str(report.store), **counts}

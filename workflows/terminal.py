@@ -11,6 +11,7 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -45,11 +46,15 @@ def plain_table(*columns: str) -> Table:
     return table
 
 
-@contextmanager
-def progress_bar(unit: str) -> Iterator[Progress]:
-    """A bar with count, elapsed and remaining time on stderr; nothing when that is no terminal."""
-    stderr = Console(stderr=True)
-    columns = (
+def repaired_in_words(objects: int, shards: int) -> str:
+    """For example: repaired 3 objects in 2 shards."""
+    of = f" in {shards} shard{'s' * (shards != 1)}" if shards else ""
+    return f"repaired {objects} object{'s' * (objects != 1)}{of}"
+
+
+def bar_columns(unit: str) -> tuple[ProgressColumn, ...]:
+    """What a bar shows: count, elapsed and remaining time."""
+    return (
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
@@ -59,19 +64,12 @@ def progress_bar(unit: str) -> Iterator[Progress]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[extra]}"),
     )
+
+
+@contextmanager
+def progress_bar(unit: str) -> Iterator[Progress]:
+    """A bar with count, elapsed and remaining time on stderr; nothing when that is no terminal."""
+    stderr = Console(stderr=True)
+    columns = bar_columns(unit)
     with Progress(*columns, console=stderr, disable=not stderr.is_terminal, transient=True) as bar:
         yield bar
-
-
-class ShardProgress:
-    """A job's observer that moves a bar by tiles."""
-
-    def __init__(self, bar: Progress, what: str) -> None:
-        self._bar = bar
-        self._task = bar.add_task(what, total=None, extra="")
-
-    def planned(self, num_tiles: int, done_tiles: int) -> None:
-        self._bar.update(self._task, total=num_tiles, completed=done_tiles)
-
-    def shard_done(self, tiles: int) -> None:
-        self._bar.advance(self._task, tiles)

@@ -9,11 +9,13 @@ from model.training import LOSS_FILE, TrainConfig, TrainReport, attention_name
 from model.training import train as run_training
 from pipeline.errors import EXIT_OK
 from pipeline.settings.loading import load_config
+from pipeline.storage.objects import Location
+from workflows.locations import StoreLocation
 from workflows.terminal import note, print_json, progress_bar
 
 
 def train(
-    store: Path,
+    store: StoreLocation,
     *,
     out: Path,
     config: Path | None = None,
@@ -27,7 +29,7 @@ def train(
     Parameters
     ----------
     store
-        A store made by `aptile preprocess`.
+        A store made by `aptile preprocess`: a path, or a URL (s3://, gs://, az://).
     out
         Folder of the run: checkpoint, loss.csv and, at the end, the encoder.
     config
@@ -52,7 +54,7 @@ def train(
     return EXIT_OK
 
 
-def train_store(store: Path, out: Path, settings: TrainConfig) -> TrainReport:
+def train_store(store: Location, out: Path, settings: TrainConfig) -> TrainReport:
     """Train with a progress bar, and say what came of it."""
     note(f"attention: {attention_name()}")
     with progress_bar("steps") as bar:

@@ -14,14 +14,6 @@ from distributed import Client, get_worker
 
 from pipeline.errors import StoreError
 
-# One thread each: there is one worker process per core.
-WORKER_ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1",
-    "OPENBLAS_NUM_THREADS": "1",
-    "MKL_NUM_THREADS": "1",
-    "NUMBA_NUM_THREADS": "1",
-    "BLOSC_NTHREADS": "1",
-}
 # What decides the bytes of a store, or whether tasks can be sent at all.
 _COMPARED = ("aptile", "distributed", "numpy", "numba", "rasterio", "zarr", "tensorstore")
 # Network file systems show a new file to other hosts only after their cached listing has aged.

@@ -10,19 +10,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from pipeline.errors import ArchiveError, NoSpaceError, StoreError
-from pipeline.jobs.cluster import Observer, run_tasks
-from pipeline.jobs.manifest import (
-    ModalityOutcome,
-    encode_manifest,
-    manifest_name,
-    manifest_table,
-    present_frames,
-)
-from pipeline.jobs.merging import merged_manifest
+from pipeline.errors import ArchiveError, LockedError, NoSpaceError, StoreError
+from pipeline.jobs.engine import run_tasks
+from pipeline.jobs.manifest import encode_manifest, manifest_name
+from pipeline.jobs.observer import Observer
+from pipeline.jobs.outcome import batch_table, summary_of
 from pipeline.jobs.prepare import begin_ledger, new_header, write_metadata
+from pipeline.jobs.quarantine import QuarantineLimit
+from pipeline.jobs.repair import Repaired, readable_state, repair
 from pipeline.jobs.resume import (
     State,
     check_apart,
@@ -38,8 +33,6 @@ from pipeline.jobs.shard import process_shard, shard_task
 from pipeline.jobs.space import telling_space, warn_if_short
 from pipeline.planning.existing import existing_of
 from pipeline.planning.inputs import Job, NothingNewError, archive_files, plan_job, require_scenes
-from pipeline.planning.plan import Plan
-from pipeline.planning.splits import split_summary
 from pipeline.settings.config import PreprocessConfig
 from pipeline.storage.commit import (
     APPEND,
@@ -55,8 +48,6 @@ from pipeline.storage.layout import ROOT_METADATA
 from pipeline.storage.ledger import Ledger, ledger_name
 from pipeline.storage.lock import LOCK, Held, exclusive, tidy
 from pipeline.storage.objects import LocalObjects, Location, Objects, absolute, objects_at
-from pipeline.storage.partitions import DEFAULT_PARTITION
-from pipeline.store import Store
 
 Ranges = tuple[tuple[float, float], ...]
 
@@ -68,7 +59,8 @@ class JobReport:
     `findings` are remarks on scenes that are in the store, `notes` on what was decided in this run.
     `tiles_left_out` and `frames_left_out` count those with too few valid pixels; `splits` counts tiles by
     split, and `shards_written` this run's shards: 0 means that the store was complete already. `commit`
-    is the number of the commit that holds all of it.
+    is the number of the commit that holds all of it. `repaired` counts damaged objects that were written
+    anew, and the shards they are of.
     """
 
     store: str
@@ -84,6 +76,7 @@ class JobReport:
     shards: int
     shards_written: int
     commit: int
+    repaired: tuple[int, int] = (0, 0)
 
     @property
     def done(self) -> int:
@@ -124,7 +117,9 @@ def run_job(
     changed since the store was begun, LockedError if another process writes it.
     """
     objects = objects_at(store)
-    state = State.read(objects)
+    state, restored = (
+        (State.read(objects), 0) if append else readable_state(archive, objects, config, observer)
+    )
     if state.header is None:
         if append:
             raise StoreError(
@@ -136,7 +131,8 @@ def run_job(
         _require_no_append_under_way(store, state)
         check_same_files(str(store), state.history, archive_files(archive, config))
         tidy(objects)
-        return _report(store, state.history, state.commit, 0)
+        repaired = repair(archive, objects, state, config, observer)
+        return _mended(_report(store, state.history, state.commit, 0), repaired, restored)
     with exclusive(objects) as lock:
         # Another process may have finished it, or appended, since we looked.
         state = State.read(objects)
@@ -156,11 +152,14 @@ def _begin(
 ) -> JobReport:
     """Make a new store; nothing is left of one that could not be begun, or has no tile."""
     check_free(store)
-    with _nothing_left(objects) as keep, exclusive(objects) as lock:
+    made = _missing_folders(objects)
+    with exclusive(objects) as lock, _nothing_left(objects, made) as keep:
         state = State.read(objects)
         if state.header is not None:
-            keep()
-            raise StoreError(f"{store} was made by another process just now; run the command again")
+            raise LockedError(
+                f"{store} was made by another process just now; run the command again"
+            )
+        check_free(store, begun=False)
         job = plan_job(archive, config)
         check_apart(store, job)
         header, ledger = new_header(job), begin_ledger(job, 1)
@@ -171,8 +170,8 @@ def _begin(
         batch = _Batch(objects, lock, state, header, job, ledger)
         try:
             report = _complete(batch, observer)
-        except NoSpaceError:
-            raise  # begun is begun: workers elsewhere may be writing still
+        except (LockedError, NoSpaceError):
+            raise  # another's, or begun: workers elsewhere may be writing still
         except StoreError:
             if not ledger.shards:
                 _clear(objects)
@@ -183,15 +182,21 @@ def _begin(
         return report
 
 
+def _missing_folders(objects: Objects) -> list[Path]:
+    """Folders that come into being with a store, the innermost first."""
+    if not isinstance(objects, LocalObjects):
+        return []
+    return [f for f in (objects.folder, *objects.folder.parents) if not f.exists()]
+
+
 @contextlib.contextmanager
-def _nothing_left(objects: Objects) -> Iterator[Any]:
+def _nothing_left(objects: Objects, made: list[Path]) -> Iterator[Any]:
     """Removes what was made inside if that fails, until the function it yields is called."""
-    made: list[Path] = []
-    if isinstance(objects, LocalObjects):
-        made = [f for f in (objects.folder, *objects.folder.parents) if not f.exists()]
     kept: list[bool] = []
     try:
         yield lambda: kept.append(True)
+    except LockedError:
+        raise  # what is there is another's
     except BaseException:
         if not kept:
             _clear(objects)
@@ -269,6 +274,19 @@ def _append(
     return _complete(_Batch(objects, lock, state, header, job, ledger), observer)
 
 
+def _mended(report: JobReport, repaired: Repaired, restored: int) -> JobReport:
+    """The report of a finished store that was looked over."""
+    notes = report.notes
+    if repaired.left:
+        notes = (
+            *notes,
+            f"{len(repaired.left)} objects are still damaged, such as {repaired.left[0]}; `aptile verify` "
+            "says what to do",
+        )
+    number = repaired.objects + restored
+    return replace(report, notes=notes, repaired=(number, repaired.shards))
+
+
 def _require_no_append_under_way(store: Location, state: State) -> None:
     if state.under_way is not None:
         raise StoreError(
@@ -310,12 +328,23 @@ def _complete(batch: _Batch, observer: Observer) -> JobReport:
 def _run_shards(
     batch: _Batch, todo: list[int], ranges: dict[str, Ranges], observer: Observer
 ) -> None:
-    objects, plan = batch.objects, batch.job.plan
-    tasks = (shard_task(plan, shard, absolute(objects), batch.job.access, ranges) for shard in todo)
-    for row in run_tasks(process_shard, tasks, len(todo), batch.job.config.run, objects.location):
-        batch.lock.check()
-        batch.ledger.append(objects, [row])
-        observer.shard_done(len(plan.tile_range(row["shard"])))
+    objects, plan, ledger, job = batch.objects, batch.job.plan, batch.ledger, batch.job
+    run = job.config.run
+    limit = QuarantineLimit(
+        objects.location, run.max_quarantine, job.num_inputs, ledger.quarantined()
+    )
+    tasks = (shard_task(plan, shard, absolute(objects), job.access, ranges) for shard in todo)
+    results = run_tasks(
+        process_shard, tasks, len(todo), run, objects.location, observer, job.access.roots
+    )
+    with contextlib.closing(results) as batches:
+        for rows in batches:
+            batch.lock.check()
+            ledger.append(objects, rows)
+            for row in rows:
+                observer.shard_done(len(plan.tile_range(row["shard"])))
+            limit.add(rows)
+            observer.quarantined(len(limit.reasons))
 
 
 def _commit(batch: _Batch) -> Commit:
@@ -324,14 +353,7 @@ def _commit(batch: _Batch) -> Commit:
     Where a new store has no tile nothing is written; the caller says why.
     """
     objects, plan, ledger, before = batch.objects, batch.job.plan, batch.ledger, batch.before.commit
-    opened, quarantined = Store(objects, batch.header, None), ledger.quarantined()
-    outcomes = {name: _outcome(plan, name, ledger, quarantined, opened) for name in plan.modalities}
-    kept = _kept_tiles(plan, outcomes, ledger)
-    table = manifest_table(plan, outcomes, kept, batch.job.facts.select(kept))
-    if before is not None:
-        old = Store(objects, before.header, before).manifest
-        static = frozenset(n for n, m in plan.modalities.items() if m.settings.config.static)
-        table = merged_manifest(old, table, static)
+    table = batch_table(objects, batch.header, batch.job, ledger, before)
     manifest = encode_manifest(table)
     own = Batch(ledger.number, plan.first_shard, plan.num_shards, {})
     commit = Commit(
@@ -341,7 +363,7 @@ def _commit(batch: _Batch) -> Commit:
         header=batch.header,
         manifest=named(manifest_name(ledger.number), manifest),
         batches=(replace(own, ledger=named(ledger_name(ledger.number), ledger.canonical())),),
-        summary=_summary(batch.history, plan, table["split"].to_pylist()),
+        summary=summary_of(batch.history, table["split"].to_pylist(), batch.header["config"]),
         metadata={},
     )
     if before is not None:
@@ -361,57 +383,6 @@ def _commit(batch: _Batch) -> Commit:
     commit = replace(commit, metadata=metadata)
     write_commit(objects, commit, before)
     return commit
-
-
-def _summary(history: History, plan: Plan, splits: list[str | None]) -> dict[str, Any]:
-    rows = history.shards.values()
-    return {
-        "inputs": len(history.inputs()),
-        "quarantined": len(history.quarantined()),
-        "skipped": len(history.skipped()),
-        "tiles": len(splits),
-        "tiles_left_out": sum(len(row["tiles_left_out"]) for row in rows),
-        "frames_left_out": sum(len(slots) for row in rows for slots in row["left_out"].values()),
-        "splits": split_summary(splits) if plan.config.splits else {},
-        "shards": history.num_shards,
-    }
-
-
-def _outcome(
-    plan: Plan, name: str, ledger: Ledger, quarantined: dict[str, str], opened: Store
-) -> ModalityOutcome:
-    modality = plan.modalities[name]
-    capacity = modality.layout.shard_capacity
-    left_out = [
-        shard * capacity + slot
-        for shard, row in sorted(ledger.shards.items())
-        for slot in row["left_out"].get(name, ())
-    ]
-    counts = {
-        what: opened.per_frame(name, what) for what in ("num_valid", "num_cloud", "num_nodata")
-    }
-    if modality.layout.tokenized:
-        counts["num_cells"] = opened.per_frame(name, "num_cells")
-        counts["tokens"] = opened.per_frame(name, f"partitions/{DEFAULT_PARTITION}/tokens")
-    thresholds = ledger.thresholds(name)
-    return ModalityOutcome(
-        lost=np.array([scene.id in quarantined for scene in modality.scenes], np.bool_),
-        left_out=np.array(left_out, np.int64),
-        counts=counts,
-        thresholds=[thresholds.get(number) for number in range(len(modality.scenes))],
-    )
-
-
-def _kept_tiles(plan: Plan, outcomes: dict[str, ModalityOutcome], ledger: Ledger) -> np.ndarray:
-    """int64: tiles with a frame of some image modality that were not left out."""
-    has_frame = np.zeros(len(plan.tiles), np.bool_)
-    for name, outcome in outcomes.items():
-        if plan.modalities[name].layout.tokenized:
-            frames, present = present_frames(plan, name, outcome)
-            has_frame[frames["tile"][present]] = True
-    for shard, row in ledger.shards.items():
-        has_frame[plan.tile_range(shard).start + np.array(row["tiles_left_out"], np.int64)] = False
-    return np.flatnonzero(has_frame)
 
 
 def _report(

@@ -7,15 +7,17 @@ from datetime import datetime
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.georef import ground_sample_distance
-from pipeline.planning.plan import FRAME, ModalityPlan, Plan
+from pipeline.planning.plan import ModalityPlan, Plan
 from pipeline.planning.tilefacts import TileFacts
 
 MISSING_SCENE = "no scene"
 MISSING_QUARANTINED = "quarantined"
 MISSING_LEFT_OUT = "too few valid pixels"
+_REASONS = (MISSING_SCENE, MISSING_QUARANTINED, MISSING_LEFT_OUT)
 _GEO_METADATA = {
     "version": "1.1.0",
     "primary_column": "geometry",
@@ -44,20 +46,25 @@ def manifest_table(
 ) -> pa.Table:
     """The rows of a batch; `kept` int64 are its committed tiles, `facts` columns of those."""
     at = plan.tiles[kept]
-    stacks = at["stack"].tolist()
+    stack = pa.array(at["stack"])
     shapes = np.array([stack.shape_tiles(plan.config.store.tile_size_px) for stack in plan.stacks])
     times = [_timestamps(stack.datetimes) for stack in plan.stacks]
+    place = pa.array([stack.name for stack in plan.stacks], pa.string()).take(stack)
     columns = {
-        "id": [plan.tile_id(tile) for tile in kept.tolist()],
-        "place": [plan.stacks[index].name for index in stacks],
+        "id": _tile_ids(place, at),
+        "place": place,
         "row": pa.array(at["row"], pa.int32()),
         "col": pa.array(at["col"], pa.int32()),
         "place_rows": pa.array(shapes[at["stack"], 0], pa.int32()),
         "place_cols": pa.array(shapes[at["stack"], 1], pa.int32()),
-        "datetimes": pa.array([times[i] for i in stacks], pa.list_(pa.timestamp("s", "UTC"))),
+        "datetimes": pa.array(times, pa.list_(pa.timestamp("s", "UTC"))).take(stack),
         "geometry": pa.array(facts.geometry, pa.binary()),
-        "crs": pa.array([plan.stacks[index].grid.crs for index in stacks], pa.string()),
-        "bounds": pa.array(facts.bounds, pa.list_(pa.float64(), 4)),
+        "crs": pa.array([stack.grid.crs for stack in plan.stacks], pa.string()).take(stack),
+        "bounds": pa.FixedSizeListArray.from_arrays(
+            pa.array(facts.bounds.ravel(), from_pandas=True),
+            4,
+            mask=pa.array(np.isnan(facts.bounds[:, 0])),
+        ),
         "label": pa.array(facts.labels, pa.string()),
         "split": pa.array(facts.splits, pa.string()),
     }
@@ -83,8 +90,7 @@ def present_frames(
     plan: Plan, name: str, outcome: ModalityOutcome
 ) -> tuple[np.ndarray, np.ndarray]:
     """FRAME rows of all planned frames of a modality, in tile order, and bool which are in the store."""
-    parts = [plan.frames(name, plan.tile_range(shard)) for shard in plan.shards]
-    frames = np.concatenate([np.empty(0, FRAME), *parts])
+    frames = plan.frames(name, range(len(plan.tiles)))
     return frames, ~outcome.lost[frames["scene"]] & ~np.isin(frames["slot"], outcome.left_out)
 
 
@@ -103,18 +109,22 @@ def _modality_column(
     entry = starts[position[frames["tile"]]] + frames["timestep"]
     lists = _Lists(starts, entry, present)
 
-    missing = np.full(starts[-1], MISSING_SCENE, object)
-    missing[entry] = np.where(outcome.lost[frames["scene"]], MISSING_QUARANTINED, MISSING_LEFT_OUT)
-    missing[entry[present]] = None
-    slots = frames["slot"]
-    scene_ids = np.array([scene.id for scene in modality.scenes], object)
+    why = np.full(starts[-1], _REASONS.index(MISSING_SCENE), np.int8)
+    why[entry] = np.where(
+        outcome.lost[frames["scene"]],
+        _REASONS.index(MISSING_QUARANTINED),
+        _REASONS.index(MISSING_LEFT_OUT),
+    )
+    there = np.zeros(starts[-1], np.bool_)
+    there[entry[present]] = True
+    missing = pa.array(_REASONS, pa.string()).take(pa.array(why, mask=there))
+    slots, scene = frames["slot"], frames["scene"]
+    scene_ids = pa.array([scene.id for scene in modality.scenes], pa.string())
     pixels = modality.layout.band_sets[0].tile_size_px ** 2
     fields = {
         "frames": lists.numbers(slots, pa.int64()),
-        "missing": pa.ListArray.from_arrays(
-            pa.array(starts, pa.int32()), pa.array(missing, pa.string())
-        ),
-        "scene_ids": lists.objects(scene_ids[frames["scene"]], pa.string()),
+        "missing": pa.ListArray.from_arrays(pa.array(starts, pa.int32()), missing),
+        "scene_ids": lists.chosen(scene_ids, scene),
         **{
             f"{what}_fraction": lists.numbers(
                 outcome.counts[f"num_{what}"][slots] / pixels, pa.float64()
@@ -129,9 +139,8 @@ def _modality_column(
         fields["tokens"] = pa.FixedSizeListArray.from_arrays(
             pa.array(lists.sums(tokens).astype(np.int64).ravel()), modality.layout.grid.num_scales
         )
-        cut = np.empty(len(frames), object)
-        cut[:] = [outcome.thresholds[scene] for scene in frames["scene"].tolist()]
-        fields["thresholds"] = lists.objects(cut, pa.list_(pa.float32()))
+        thresholds = pa.array(outcome.thresholds, pa.list_(pa.float32()))
+        fields["thresholds"] = lists.chosen(thresholds, scene)
     return pa.StructArray.from_arrays(list(fields.values()), list(fields))
 
 
@@ -150,13 +159,10 @@ class _Lists:
             pa.array(self.starts, pa.int32()), pa.array(flat, kind, mask=absent)
         )
 
-    def objects(self, values: np.ndarray, kind: pa.DataType) -> pa.ListArray:
-        """From one object per planned frame."""
-        flat = np.full(self.starts[-1], None, object)
-        flat[self.entry] = values[self.present]
-        return pa.ListArray.from_arrays(
-            pa.array(self.starts, pa.int32()), pa.array(flat.tolist(), kind)
-        )
+    def chosen(self, values: pa.Array, which: np.ndarray) -> pa.ListArray:
+        """From one of the values, by position, per planned frame."""
+        at = self.numbers(which, pa.int32())
+        return pa.ListArray.from_arrays(at.offsets, values.take(at.values))
 
     def sums(self, values: np.ndarray) -> np.ndarray:
         """[tile, ...]: sums over each tile's present frames of values [planned frame, ...]."""
@@ -174,7 +180,13 @@ def _distances(plan: Plan, modality: ModalityPlan, kept: np.ndarray) -> pa.Array
     for stack in plan.stacks:
         leading = ground_sample_distance(stack.grid)
         by_stack.append(configured or (None if leading is None else leading * ratio))
-    return pa.array([by_stack[index] for index in plan.tiles["stack"][kept].tolist()], pa.float64())
+    return pa.array(by_stack, pa.float64()).take(pa.array(plan.tiles["stack"][kept]))
+
+
+def _tile_ids(place: pa.Array, tiles: np.ndarray) -> pa.Array:
+    """`Plan.tile_id` of all tiles at once."""
+    row, col = (pa.array(tiles[name]).cast(pa.string()) for name in ("row", "col"))
+    return pc.binary_join_element_wise(place, "/r", row, "c", col, "")
 
 
 def _timestamps(datetimes: Sequence[str | None]) -> list[datetime | None]:

@@ -17,7 +17,7 @@ from distributed.deploy.cluster import Cluster as DaskCluster
 from distributed.security import Security
 
 from pipeline.errors import StoreError
-from pipeline.jobs.hosts import WORKER_ENVIRONMENT
+from pipeline.jobs.process import ENVIRONMENT
 from pipeline.settings.cluster import BatchConfig, Cluster, KubernetesConfig, LsfConfig
 
 # Dask waits five minutes for a worker that fell silent; its shard can be done elsewhere by then.
@@ -76,7 +76,7 @@ def batch_cluster(config: BatchConfig, security: Security | None = None) -> Any:
 
 
 def _exports() -> list[str]:
-    return [f"export {name}={value}" for name, value in WORKER_ENVIRONMENT.items()]
+    return [f"export {name}={value}" for name, value in ENVIRONMENT.items()]
 
 
 def _submit(config: BatchConfig, cluster: Any) -> None:
@@ -105,7 +105,7 @@ def cluster_spec(config: KubernetesConfig, name: str) -> dict[str, Any]:
         image=config.image,
         n_workers=config.workers,
         resources={"requests": resources, "limits": resources},
-        env={**WORKER_ENVIRONMENT, **_SCHEDULER_ENVIRONMENT, **config.env},
+        env={**ENVIRONMENT, **_SCHEDULER_ENVIRONMENT, **config.env},
         worker_command="dask worker --nthreads 1",
     )
     claims = list(config.volumes.items())

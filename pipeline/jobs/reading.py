@@ -24,22 +24,26 @@ from pipeline.settings.modality import MaskConfig
 from pipeline.storage.layout import BandSet, StoreLayout
 
 Span = tuple[int, int]
-# Rows read at once while a scene's zero border is looked for.
+# Rows, and bytes of pixels and labels, read at once while a scene's zero border is looked for.
 _BORDER_ROWS = 512
-_BORDERS_KEPT = 4
+_BORDER_BYTES = 128 * 2**20
+_LABEL_BYTES = 8
 
 
 @dataclass(frozen=True)
 class SetPixels:
-    """One band set of some tiles: `pixels` [band, y, x] as they are stored, `valid` bool [y, x]."""
+    """One band set of some tiles: `pixels` [band, y, x] as they are stored, `valid` bool [y, x].
+
+    Of tiles that reach beyond the scene, only the part inside."""
 
     pixels: np.ndarray
     valid: np.ndarray
 
-    def cut(self, y: int, x: int, size_px: int) -> "SetPixels":
-        """A square part, from its top left."""
-        part = np.s_[..., y : y + size_px, x : x + size_px]
-        return SetPixels(self.pixels[part], self.valid[part])
+    def cut(self, row: int, col: int, size_px: int) -> "SetPixels":
+        """One tile; beyond the scene it is zero and invalid."""
+        return SetPixels(
+            _cut(self.pixels, row, col, size_px, 0), _cut(self.valid, row, col, size_px, False)
+        )
 
 
 @dataclass(frozen=True)
@@ -58,15 +62,21 @@ class TilePixels:
         """Validity of the first set."""
         return self.sets[0].valid
 
+    @property
+    def pixel_bytes(self) -> int:
+        """Pixels of all sets, uncompressed."""
+        return sum(part.pixels.nbytes for part in self.sets)
+
     def cut(self, row: int, col: int, layout: StoreLayout) -> "TilePixels":
-        """One tile, counted from the top left of those read."""
+        """One whole tile, counted from the top left of those read."""
         size = layout.band_sets[0].tile_size_px
-        part = np.s_[..., row * size : (row + 1) * size, col * size : (col + 1) * size]
         sets = tuple(
-            pixels.cut(row * s.tile_size_px, col * s.tile_size_px, s.tile_size_px)
+            pixels.cut(row, col, s.tile_size_px)
             for pixels, s in zip(self.sets, layout.band_sets, strict=True)
         )
-        return TilePixels(sets, self.scored[part], self.cloud[part], self.nodata[part])
+        cloud = _cut(self.cloud, row, col, size, False)
+        nodata = _cut(self.nodata, row, col, size, True)
+        return TilePixels(sets, _cut(self.scored, row, col, size, 0), cloud, nodata)
 
 
 @dataclass(frozen=True)
@@ -81,9 +91,8 @@ class SceneSource:
 
 @contextmanager
 def scene_reader(scene: Scene, source: SceneSource) -> Iterator[Callable[[Span, Span], TilePixels]]:
-    """A function from tile rows and columns (half-open) to the pixels of those whole tiles.
-
-    What lies beyond the scene is zero and invalid. Every failure inside becomes a SceneError.
+    """A function from tile rows and columns (half-open) to the pixels of those tiles, as far as the scene
+    reaches; `TilePixels.cut` makes whole tiles of them. Every failure inside becomes a SceneError.
     """
     with ExitStack() as stack:
         sets = [_SetReader(scene, band_set, source, stack) for band_set in source.layout.band_sets]
@@ -97,10 +106,9 @@ def scene_reader(scene: Scene, source: SceneSource) -> Iterator[Callable[[Span, 
             parts = [reader.read(rows, cols, mask) for reader in sets]
             first, cloud, nodata = parts[0]
             if scores is None:
-                scored = first.pixels[list(source.scored_bands)]
+                scored = _planes(first.pixels, source.scored_bands)
             else:
-                window, pad = _window(sets[0].grid, sets[0].band_set.tile_size_px, rows, cols)
-                scored = np.pad(scores(window), [(0, 0), *pad])
+                scored = scores(_window(sets[0].grid, sets[0].band_set.tile_size_px, rows, cols))
             return TilePixels(tuple(part for part, _, _ in parts), scored, cloud, nodata)
 
         yield read
@@ -108,11 +116,17 @@ def scene_reader(scene: Scene, source: SceneSource) -> Iterator[Callable[[Span, 
 
 def sample_tiles(scene: Scene, source: SceneSource, num_tiles: int) -> Iterator[TilePixels]:
     """Up to `num_tiles` tiles of a scene; see `pipeline.rules.sampled_tiles`."""
-    rows, cols = scene_tiles(scene, source.layout)
-    chosen = sampled_tiles(rows, cols, num_tiles)
+    return tiles_at(scene, source, sampled_tiles(*scene_tiles(scene, source.layout), num_tiles))
+
+
+def tiles_at(scene: Scene, source: SceneSource, numbers: np.ndarray) -> Iterator[TilePixels]:
+    """The tiles of a scene with these row-major numbers, one by one; without any it is not opened."""
+    if not len(numbers):
+        return
+    _, num_cols = scene_tiles(scene, source.layout)
     with scene_reader(scene, source) as read:
-        for row, col in zip(*(part.tolist() for part in np.divmod(chosen, cols)), strict=True):
-            yield read((row, row + 1), (col, col + 1))
+        for row, col in zip(*(part.tolist() for part in np.divmod(numbers, num_cols)), strict=True):
+            yield read((row, row + 1), (col, col + 1)).cut(0, 0, source.layout)
 
 
 def scene_tiles(scene: Scene, layout: StoreLayout) -> tuple[int, int]:
@@ -145,33 +159,35 @@ class _SetReader:
     def read(
         self, rows: Span, cols: Span, mask: "_MaskReader | None"
     ) -> tuple[SetPixels, np.ndarray, np.ndarray]:
-        """Pixels and validity of whole tiles, then bool [y, x]: cloud, and without data."""
-        window, pad = _window(self.grid, self.band_set.tile_size_px, rows, cols)
+        """Pixels and validity of tiles, then bool [y, x]: cloud, and without data."""
+        window = _window(self.grid, self.band_set.tile_size_px, rows, cols)
         pixels, with_data = self._with_data(window)
         if self.source.settings.config.zero_border:
             with_data &= ~_border(self).window(window)
-        valid, cloud = with_data.copy(), np.zeros_like(with_data)
+        valid, cloud = with_data, np.zeros_like(with_data)
         if mask is not None:
             flagged, unusable = mask.read(self.grid, window)
             cloud = flagged & with_data
-            valid &= ~unusable
+            valid = with_data & ~unusable
             if mask.config.remove_clouds:
                 valid &= ~cloud
         pixels = apply_shift(pixels, valid, self.scene.shift)
-        outside = np.pad(with_data, pad)
-        padded = SetPixels(np.pad(pixels, [(0, 0), *pad]), np.pad(valid, pad))
-        return padded, np.pad(cloud, pad), ~outside
+        return SetPixels(pixels, valid), cloud, ~with_data
 
     def _with_data(self, window: Window) -> tuple[np.ndarray, np.ndarray]:
         """Numbers [band, y, x] as the files hold them, and bool [y, x] where they are data."""
         shape = (len(self.band_set.bands), window.height, window.width)
-        pixels = np.empty(shape, self.band_set.dtype)
+        pixels = np.empty(0, self.band_set.dtype)
         with_data = np.ones(shape[1:], np.bool_)
         for asset, reader, positions in self.parts:
             read = reader.read(window)
             if read.dtype != pixels.dtype:
                 raise SceneError(f"its pixels are {read.dtype}; planned was {pixels.dtype}")
             with_data &= valid_pixels(read, asset.planes, reader.readable(window))
+            if positions == list(range(shape[0])):
+                return read, with_data
+            if not pixels.size:
+                pixels = np.empty(shape, read.dtype)
             pixels[positions] = read
         return pixels, with_data
 
@@ -230,15 +246,30 @@ def _brought(flags: np.ndarray, ratio: Fraction, window: Window, own: Window) ->
     return np.pad(cut, short)
 
 
-def _window(
-    grid: Grid, tile_px: int, rows: Span, cols: Span
-) -> tuple[Window, tuple[tuple[int, int], tuple[int, int]]]:
-    """The part of whole tiles inside a grid, and by how much it falls short at the far edges."""
+def _window(grid: Grid, tile_px: int, rows: Span, cols: Span) -> Window:
+    """The part of some tiles inside a grid."""
     top, left = rows[0] * tile_px, cols[0] * tile_px
     height = max(0, min(rows[1] * tile_px, grid.height) - top)
     width = max(0, min(cols[1] * tile_px, grid.width) - left)
-    short = (rows[1] - rows[0]) * tile_px - height, (cols[1] - cols[0]) * tile_px - width
-    return Window(top, left, height, width), ((0, short[0]), (0, short[1]))
+    return Window(top, left, height, width)
+
+
+def _cut(array: np.ndarray, row: int, col: int, size_px: int, beyond: int | bool) -> np.ndarray:
+    """A tile of [..., y, x]; where the array ends before it, `beyond`."""
+    top, left = row * size_px, col * size_px
+    part = array[..., top : top + size_px, left : left + size_px]
+    if part.shape[-2:] == (size_px, size_px):
+        return part
+    whole = np.full((*array.shape[:-2], size_px, size_px), beyond, array.dtype)
+    whole[..., : part.shape[-2], : part.shape[-1]] = part
+    return whole
+
+
+def _planes(pixels: np.ndarray, bands: tuple[int, ...]) -> np.ndarray:
+    """Some planes of [band, y, x]; not copied where they follow one another."""
+    if bands and bands == tuple(range(bands[0], bands[-1] + 1)):
+        return pixels[bands[0] : bands[-1] + 1]
+    return pixels[list(bands)]
 
 
 # Zero borders of the scenes read last, because each takes reading the whole scene.
@@ -250,7 +281,22 @@ def _border(reader: _SetReader) -> BorderMask:
     key = tuple(asset for asset, _, _ in reader.parts)
     if key not in _borders:
         height, width = reader.grid.height, reader.grid.width
-        _borders[key] = find_border(reader.numbers, height, width, _BORDER_ROWS)
-        if len(_borders) > _BORDERS_KEPT:
+        most = reader.source.access.max_block_bytes
+        if height * width // 8 > most:
+            raise SceneError(
+                f"its zero border takes {height * width // 8} bytes ({height} x {width} px), more than "
+                f"run.max_block_bytes {most}; raise that, or set modality.nodata instead of zero_border"
+            )
+        _borders[key] = find_border(reader.numbers, height, width, _border_rows(reader))
+        while len(_borders) > 1 and sum(map(_mask_bytes, _borders.values())) > most:
             _borders.popitem(last=False)
     return _borders[key]
+
+
+def _border_rows(reader: _SetReader) -> int:
+    pixel = np.dtype(reader.band_set.dtype).itemsize * len(reader.band_set.bands) + _LABEL_BYTES
+    return max(1, min(_BORDER_ROWS, _BORDER_BYTES // (pixel * reader.grid.width)))
+
+
+def _mask_bytes(mask: BorderMask) -> int:
+    return 0 if mask.bits is None else mask.bits.nbytes

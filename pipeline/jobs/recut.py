@@ -7,13 +7,15 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.cut import fill_partition, leaves, splits_by_budget, splits_by_thresholds
+from pipeline.cut import leaves, partition_blocks, splits_by_budget, splits_by_thresholds
 from pipeline.nodes import level_offsets, node_scores, shared_nodes
 from pipeline.rules import QUANTILE_SAMPLE_TILES, FurtherRule, quantile_thresholds
-from pipeline.storage.layout import StoreLayout, write_shard
-from pipeline.storage.objects import absolute, objects_at
+from pipeline.storage.layout import StoreLayout
+from pipeline.storage.mending import writer
+from pipeline.storage.objects import absolute
 from pipeline.storage.partitions import partition_path
 from pipeline.storage.places import FrameRun, Places
+from pipeline.storage.sharding import encoders, write_shard
 from pipeline.store import Store, open_store
 
 
@@ -24,6 +26,7 @@ class RepartitionTask:
     `thresholds` hold for every frame; without them the budget or the quantile of `rule` decides. Under a
     quantile, `groups` int64 are indices into `samples`, the frames whose scores set the thresholds: per
     frame that of its scene, or per tile that of its place where all timesteps share one partition.
+    `wanted` names the objects to be written, where a damaged shard is made again.
     """
 
     store: str
@@ -36,6 +39,7 @@ class RepartitionTask:
     run: FrameRun
     groups: np.ndarray
     samples: tuple[FrameRun, ...]
+    wanted: dict[str, dict[str, Any]] | None = None
 
 
 def repartition_task(
@@ -73,12 +77,8 @@ def repartition_task(
 
 def repartition_shard(task: RepartitionTask) -> dict[str, Any]:
     """Make and write one shard of a partition; its ledger row (see `PartitionLedger`)."""
-    layout, objects = task.layout, objects_at(task.store)
-    arrays = layout.partition_arrays(task.name)
-    blocks = {
-        name: np.full(spec.shard, spec.fill_value, np.dtype(spec.dtype))
-        for name, spec in arrays.items()
-    }
+    layout = task.layout
+    encoded = encoders(layout.partition_arrays(task.name), layout.codec)
     if len(task.run.frames):
         store = open_store(task.store, task.commit)
         own, deciding = _read_nodes(task, store, task.run)
@@ -90,8 +90,10 @@ def repartition_shard(task: RepartitionTask) -> dict[str, Any]:
         here = here[np.argsort(task.run.frames[here])]
         slots = task.run.frames[here] - task.shard * layout.shard_capacity
         group = partition_path(layout.modality, task.name)
-        fill_partition(blocks, group, slots, leaves(splits[here], own[here], layout.grid))
-    written = write_shard(objects, arrays, layout.codec, task.shard, blocks)
+        cut = leaves(splits[here], own[here], layout.grid)
+        for array, block in partition_blocks(group, slots, cut, int(slots[-1]) + 1).items():
+            encoded[array].put_leading(block)
+    written = write_shard(writer(task.store, task.wanted), task.shard, encoded)
     return {"shard": task.shard, "objects": written}
 
 

@@ -3,15 +3,19 @@
 Like preprocessing, one task per shard: resumable, and committed in one atomic step at the end.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Generator
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline.calibrate import store_curve
 from pipeline.errors import ConfigError, StoreError
-from pipeline.jobs.cluster import Observer, run_tasks
+from pipeline.jobs.engine import run_tasks
+from pipeline.jobs.observer import Observer
 from pipeline.jobs.prepare import write_metadata
 from pipeline.jobs.recut import repartition_shard, repartition_task
+from pipeline.jobs.repair import Repaired
+from pipeline.jobs.repair_partition import repair_partition
 from pipeline.jobs.space import telling_space
 from pipeline.rules import (
     FurtherRule,
@@ -41,7 +45,8 @@ _IN_PROCESS_CELLS = 2**24
 class RepartitionReport:
     """What came of it. `shards_written` counts this run's shards; 0 means nothing was left to do.
 
-    `thresholds`, fine to coarse, are None where the rule has none or they differ by scene.
+    `thresholds`, fine to coarse, are None where the rule has none or they differ by scene. `repaired`
+    counts damaged objects that were written anew, and the shards they are of.
     """
 
     store: str
@@ -52,6 +57,7 @@ class RepartitionReport:
     mean_tokens: float
     shards: int
     shards_written: int
+    repaired: tuple[int, int] = (0, 0)
 
 
 def repartition(
@@ -73,7 +79,11 @@ def repartition(
     store = open_store(location)
     layout = _scored_layout(store, modality)
     _check_rule(store, layout, rule)
-    written = 0
+    written, repaired = 0, Repaired()
+    known = store.commit.partitions.get(layout.modality, {}).get(name)
+    if known is not None:
+        _check_same_rule(name, known["rule"], rule)
+        repaired = repair_partition(store, layout, name, rule)
     if _missing_batches(store, layout, name):
         with exclusive(store.objects) as lock:
             # Another writer may have finished it while we looked.
@@ -83,7 +93,8 @@ def repartition(
     else:
         tidy(store.objects)
     _check_same_rule(name, open_store(location).partition(name, layout.modality).rule, rule)
-    return _report(location, layout, name, written)
+    report = _report(location, layout, name, written)
+    return replace(report, repaired=(repaired.objects, repaired.shards))
 
 
 def _missing_batches(store: Store, layout: StoreLayout, name: str) -> list[Batch]:
@@ -171,10 +182,16 @@ def _complete(
     observer.planned(places.num_tiles, places.num_tiles - left)
     head, arrays = next(iter(ledgers.values())).head, layout.partition_arrays(name).values()
     with telling_space(lambda: _rows_of(ledgers), len(of_shard), arrays):
-        for row in _rows(store, layout, head, rule, places, todo, run):
-            lock.check()
-            of_shard[row["shard"]].append(objects, [row])
-            observer.shard_done(len(places.shard_tiles(row["shard"])))
+        results = _rows(store, layout, head, rule, places, todo, run, observer)
+        with contextlib.closing(results) as batches:
+            for rows in batches:
+                lock.check()
+                for ledger in ledgers.values():
+                    own = [row for row in rows if of_shard[row["shard"]] is ledger]
+                    if own:
+                        ledger.append(objects, own)
+                for row in rows:
+                    observer.shard_done(len(places.shard_tiles(row["shard"])))
         lock.check()
         # Of workers that were killed.
         objects.sweep()
@@ -254,7 +271,8 @@ def _rows(
     places: Places,
     todo: list[int],
     run: RunConfig,
-) -> Iterator[dict[str, Any]]:
+    observer: Observer,
+) -> Generator[list[dict[str, Any]]]:
     """Ledger rows of the shards to do, from workers or from this process."""
     listed = head["thresholds"]
     thresholds = None if listed is None else tuple(float(t) for t in listed)
@@ -263,8 +281,8 @@ def _rows(
         for shard in todo
     )
     if _in_process(run, len(todo), sum(len(places.shard_tiles(k)) for k in todo), layout):
-        return map(repartition_shard, tasks)
-    return run_tasks(repartition_shard, tasks, len(todo), run, store.location)
+        return ([repartition_shard(task)] for task in tasks)
+    return run_tasks(repartition_shard, tasks, len(todo), run, store.location, observer)
 
 
 def _in_process(run: RunConfig, num_shards: int, num_tiles: int, layout: StoreLayout) -> bool:

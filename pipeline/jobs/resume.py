@@ -14,6 +14,7 @@ from pipeline.settings.config import DataConfig
 from pipeline.storage.commit import Commit, read_commit
 from pipeline.storage.header import check_version, read_header
 from pipeline.storage.history import History, read_history
+from pipeline.storage.layout import ROOT_METADATA
 from pipeline.storage.ledger import PLANNED, Ledger
 from pipeline.storage.lock import LOCK
 from pipeline.storage.objects import LocalObjects, Location, Objects, objects_at
@@ -51,10 +52,13 @@ class State:
         return cls(commit.header, commit, history, under_way)
 
 
-def check_free(location: Location) -> None:
-    """Raise StoreError unless a new store can be made at that location."""
+def check_free(location: Location, begun: bool = True) -> None:
+    """Raise StoreError unless a new store can be made at that location.
+
+    With `begun`, one that another process seems to be beginning passes: its lock decides.
+    """
     if isinstance(location, str) and is_url(location):
-        _check_free_url(location)
+        _refuse_others(location, objects_at(location), begun)
         return
     store = Path(location)
     if store.absolute() == Path.cwd():
@@ -64,19 +68,17 @@ def check_free(location: Location) -> None:
     if store.exists() and not store.is_dir():
         raise StoreError(f"{store} is a file; give a path for a new store")
     if store.is_dir():
-        _refuse_others(str(store), LocalObjects(store))
+        _refuse_others(str(store), LocalObjects(store), begun)
     above = next(folder for folder in [store, *store.parents] if folder.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise StoreError(f"{store}: cannot create a store in {above}; give a path you may write to")
 
 
-def _check_free_url(location: str) -> None:
-    _refuse_others(location, objects_at(location))
-
-
-def _refuse_others(location: str, objects: Objects) -> None:
+def _refuse_others(location: str, objects: Objects, begun: bool) -> None:
     """Raise StoreError where there is anything but what a killed attempt to begin a store leaves."""
     found = sorted(objects.names())
+    if begun and LOCK in found and ROOT_METADATA in found:
+        return
     if any(not _LEFT.fullmatch(name) for name in found) or (found and LOCK not in found):
         raise StoreError(
             f"{location} exists and is no aptile store (it holds {found[0].split('/')[0]!r}); give a new "

@@ -1,51 +1,32 @@
 """One Dask task of preprocessing: read, score, partition and write one whole shard of every array."""
 
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from pipeline.cut import fill_partition, leaves, splits_by_budget, splits_by_thresholds
 from pipeline.errors import SceneError
-from pipeline.jobs.reading import SceneSource, TilePixels, sample_tiles, scene_reader
-from pipeline.nodes import node_scores
-from pipeline.planning.harmonize import baseline_finding
-from pipeline.planning.plan import ModalityPlan, Plan
-from pipeline.rules import (
-    DEFAULT_QUANTILE,
-    QUANTILE_SAMPLE_TILES,
-    quantile_thresholds,
-    uniform_thresholds,
+from pipeline.jobs.frames import ModalityTask, ShardFrames
+from pipeline.jobs.measures import MEASURES, Measures
+from pipeline.jobs.reading import (
+    SceneSource,
+    TilePixels,
+    sample_tiles,
+    scene_reader,
 )
+from pipeline.jobs.thresholds import scene_thresholds
+from pipeline.planning.harmonize import baseline_finding
+from pipeline.planning.memory import WINDOW_BYTES, window_bytes
+from pipeline.planning.plan import ModalityPlan, Plan
 from pipeline.scenes import Access, Scene, asset_of
 from pipeline.scorers.config import ExternalConfig
-from pipeline.scores import countable, make_scorer
-from pipeline.settings.config import ModalitySettings, ValidityConfig
-from pipeline.storage.layout import ArraySpec, StoreLayout, write_shard
-from pipeline.storage.objects import objects_at
-from pipeline.storage.partitions import DEFAULT_PARTITION, partition_path
+from pipeline.settings.config import ValidityConfig
+from pipeline.storage.mending import writer
+from pipeline.storage.sharding import write_shard
 
-# A window read at once stays below this, whatever the width of the scene.
-_WINDOW_BYTES = 128 * 2**20
 # Tiles of a scene whose pixels are compared with its processing baseline.
 _BASELINE_SAMPLE_TILES = 16
-
-
-@dataclass(frozen=True)
-class ModalityTask:
-    """One modality of a shard. `frames` are its FRAME rows (`pipeline.planning.plan`), but `slot` counts
-    from the shard's first and `tile` from its first tile; `scene` indexes `scenes`, whose numbers in the
-    plan are `numbers`. `value_ranges` holds one (low, high) per scored plane."""
-
-    settings: ModalitySettings
-    layout: StoreLayout
-    scored_bands: tuple[int, ...]
-    value_ranges: tuple[tuple[float, float], ...]
-    scenes: tuple[Scene, ...]
-    numbers: tuple[int, ...]
-    frames: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -53,7 +34,8 @@ class ShardTask:
     """Everything a worker needs for one shard; small, because it travels through the scheduler.
 
     `rows` and `cols` int32 [tile] are the shard's tiles, the leading modality comes first. `excluded` are
-    scenes that are not even opened, with the reason for each.
+    scenes that are not even opened, with the reason for each. `wanted` names the objects to be written,
+    with their `bytes` and `sha256`, where a damaged shard is made again.
     """
 
     store: str
@@ -64,6 +46,7 @@ class ShardTask:
     cols: np.ndarray
     modalities: tuple[ModalityTask, ...]
     excluded: dict[str, str] = field(default_factory=dict)
+    wanted: dict[str, dict[str, Any]] | None = None
 
 
 @dataclass
@@ -129,29 +112,38 @@ def _modality_task(
 
 
 def process_shard(task: ShardTask) -> dict[str, Any]:
-    """Make and write one shard; its ledger row (see `pipeline.storage.commit.Ledger`).
+    """Make and write one shard; its ledger row (see `pipeline.storage.commit.Ledger`), with what it took.
 
     A scene that cannot be read leaves its slots empty and its reason in the row.
     """
-    outcome = _Outcome()
+    outcome, measures = _Outcome(), Measures()
     kept_tiles = np.ones(len(task.rows), np.bool_)
     for number, modality in enumerate(task.modalities):
-        blocks = _empty_blocks(modality.layout)
-        thresholds = _fill(task, modality, blocks, outcome)
+        gathered = ShardFrames(modality, measures)
+        thresholds = _fill(task, modality, gathered, outcome)
         if number == 0:
-            kept_tiles = _kept_tiles(task, modality, blocks, thresholds)
+            kept_tiles = _kept_tiles(task, modality, gathered, thresholds)
             outcome.tiles_left_out = np.flatnonzero(~kept_tiles).tolist()
-        _leave_out(task, modality, blocks, thresholds, kept_tiles, outcome)
-        if modality.layout.tokenized:
-            _partition(modality, blocks, thresholds)
-        arrays = modality.layout.arrays()
-        codec = modality.layout.codec
-        outcome.objects |= write_shard(objects_at(task.store), arrays, codec, task.shard, blocks)
-    return {"shard": task.shard, **vars(outcome)}
+        _leave_out(task, modality, gathered, thresholds, kept_tiles, outcome)
+        gathered.cut(thresholds)
+        with measures.timed("write"):
+            place = writer(task.store, task.wanted)
+            outcome.objects |= write_shard(place, task.shard, gathered.encoded())
+    measures.object_bytes = sum(written["bytes"] for written in outcome.objects.values())
+    return {"shard": task.shard, **vars(outcome), MEASURES: vars(measures)}
+
+
+def try_scene(task: ShardTask, scene_id: str) -> None:
+    """Read and score the frames of one scene of a shard, and write nothing."""
+    others = {s.id: "" for m in task.modalities for s in m.scenes if s.id != scene_id}
+    alone = replace(task, excluded=others)
+    for modality in task.modalities:
+        if any(scene.id == scene_id for scene in modality.scenes):
+            _fill(alone, modality, ShardFrames(modality, Measures()), _Outcome())
 
 
 def _fill(
-    task: ShardTask, modality: ModalityTask, blocks: dict[str, np.ndarray], outcome: _Outcome
+    task: ShardTask, modality: ModalityTask, gathered: ShardFrames, outcome: _Outcome
 ) -> dict[int, list[float]]:
     """Fill every slot whose scene can be read; its thresholds, by slot in order."""
     source = _source(task, modality)
@@ -163,12 +155,21 @@ def _fill(
             if scene.id in task.excluded:
                 raise SceneError(task.excluded[scene.id])
             finding = _baseline(scene, source) if _holds_first(task, frames) else None
-            own = scene_thresholds(modality, scene, source, task.validity)
-            for slot, tile in _read_tiles(task, scene, source, frames):
-                _fill_slot(modality, blocks, slot, tile)
+            for slot, tile in _read_tiles(task, scene, modality, frames, gathered.measures):
+                gathered.put(slot, tile)
+                del tile
+            tiles = frames["tile"]
+            own = scene_thresholds(
+                modality,
+                scene,
+                source,
+                np.stack([frames["slot"], task.rows[tiles], task.cols[tiles]], axis=1),
+                gathered,
+                task.validity.min_frame_valid_fraction,
+            )
         except SceneError as error:
             outcome.failed[scene.id] = str(error)
-            _empty_slots(modality.layout.arrays(), blocks, frames["slot"])
+            gathered.clear(frames["slot"])
             continue
         by_scene[str(number)] = own
         by_slot.update(dict.fromkeys(frames["slot"].tolist(), own))
@@ -200,126 +201,60 @@ def _baseline(scene: Scene, source: SceneSource) -> str | None:
     return finding
 
 
-def scene_thresholds(
-    modality: ModalityTask, scene: Scene, source: SceneSource, validity: ValidityConfig
-) -> list[float]:
-    """The configured thresholds, or the scene's own from the scores of a sample of its tiles.
-
-    Empty under a token budget, and where nothing is scored.
-    """
-    rule = modality.settings.partition
-    if modality.settings.scoring is None or rule.tokens_per_tile is not None:
-        return []
-    if rule.thresholds is not None:
-        return list(rule.thresholds)
-    if rule.uniform_px is not None:
-        return uniform_thresholds(rule.uniform_px, rule.base_patch_size, rule.num_scales)
-    quantile = DEFAULT_QUANTILE if rule.quantile is None else rule.quantile
-    maps = [
-        _score(modality, tile)
-        for tile in sample_tiles(scene, source, QUANTILE_SAMPLE_TILES)
-        if np.mean(tile.valid) >= validity.min_frame_valid_fraction
-    ]
-    # Nothing is known of a scene without a usable tile, so nothing asks for a split.
-    return quantile_thresholds(maps, quantile) if maps else [math.inf] * (rule.num_scales - 1)
-
-
-def _score(modality: ModalityTask, tile: TilePixels) -> list[np.ndarray]:
-    """Score maps of one frame, fine to coarse."""
-    scoring, grid = modality.settings.scoring, modality.layout.grid
-    assert scoring is not None
-    counted = countable(np.ascontiguousarray(tile.valid), grid, scoring.min_valid_fraction)
-    scorer = make_scorer(scoring, modality.value_ranges)
-    return scorer.maps(np.ascontiguousarray(tile.scored), counted, grid)
-
-
-def _empty_blocks(layout: StoreLayout) -> dict[str, np.ndarray]:
-    return {
-        name: np.full(spec.shard, spec.fill_value, np.dtype(spec.dtype))
-        for name, spec in layout.arrays().items()
-    }
-
-
-def _empty_slots(
-    arrays: dict[str, ArraySpec], blocks: dict[str, np.ndarray], slots: np.ndarray
-) -> None:
-    for name, spec in arrays.items():
-        if spec.dims[0] == "frame":
-            blocks[name][slots] = spec.fill_value
-
-
 def _read_tiles(
-    task: ShardTask, scene: Scene, source: SceneSource, frames: np.ndarray
+    task: ShardTask, scene: Scene, modality: ModalityTask, frames: np.ndarray, measures: Measures
 ) -> Iterator[tuple[int, TilePixels]]:
     """Slot and pixels of each frame of a scene, from few large block-aligned windows."""
-    with scene_reader(scene, source) as read:
-        for members, rows, cols in _strips(task, scene, source.layout, frames):
-            strip = read(rows, cols)
+    groups = list(strips(task, scene, modality, frames))
+    with scene_reader(scene, _source(task, modality)) as read:
+        parts = measures.reading(read(rows, cols) for _, rows, cols in groups)
+        for members, rows, cols in groups:
+            strip = next(parts)
             for slot, tile in zip(members["slot"].tolist(), members["tile"].tolist(), strict=True):
                 row, col = int(task.rows[tile]) - rows[0], int(task.cols[tile]) - cols[0]
-                yield slot, strip.cut(row, col, source.layout)
+                yield slot, strip.cut(row, col, modality.layout)
+            # One strip at a time: the next one is read into the memory of this one.
+            del strip
 
 
-def _strips(
-    task: ShardTask, scene: Scene, layout: StoreLayout, frames: np.ndarray
+def strips(
+    task: ShardTask, scene: Scene, modality: ModalityTask, frames: np.ndarray
 ) -> Iterator[tuple[np.ndarray, tuple[int, int], tuple[int, int]]]:
     """Groups of frames with the tile rows and columns (half-open) of the window that covers them.
 
     Tiles come grouped by blocks (`pipeline.planning.plan.tile_order`). A strip is a run of them inside one
-    row of blocks, cut where its window would grow beyond `_WINDOW_BYTES`.
+    row of blocks, cut where its window would grow beyond `WINDOW_BYTES`: between blocks where it can be.
     """
-    block_rows = asset_of(scene, layout.bands[0])[0].block_shape[0]
-    group_rows = max(1, block_rows // layout.band_sets[0].tile_size_px)
+    layout = modality.layout
+    tile_px = layout.band_sets[0].tile_size_px
+    tile_bytes = window_bytes(layout, isinstance(modality.settings.scoring, ExternalConfig))
+    block_px = asset_of(scene, layout.bands[0])[0].block_shape
     rows, cols = task.rows[frames["tile"]], task.cols[frames["tile"]]
-    start = 0
-    for end in range(1, len(frames) + 1):
-        grown = slice(start, end + 1)
-        if end < len(frames):
-            same_blocks = rows[end] // group_rows == rows[start] // group_rows
-            area = (np.ptp(rows[grown]) + 1) * (np.ptp(cols[grown]) + 1)
-            if same_blocks and int(area) * layout.frame_bytes <= _WINDOW_BYTES:
-                continue
-        yield frames[start:end], _extent(rows[start:end]), _extent(cols[start:end])
-        start = end
+    blocks = rows // max(1, block_px[0] // tile_px), cols // max(1, block_px[1] // tile_px)
+
+    def fits(first: int, last: int) -> bool:
+        run = slice(first, last + 1)
+        area = int(np.ptp(rows[run]) + 1) * int(np.ptp(cols[run]) + 1)
+        return blocks[0][first] == blocks[0][last] and area * tile_bytes <= WINDOW_BYTES
+
+    start = block = 0
+    for at in range(1, len(frames) + 1):
+        if at == len(frames) or any(number[at] != number[at - 1] for number in blocks):
+            block = at
+        while start < at and (at == len(frames) or not fits(start, at)):
+            end = block if block > start else at
+            yield frames[start:end], _extent(rows[start:end]), _extent(cols[start:end])
+            start = end
 
 
 def _extent(numbers: np.ndarray) -> tuple[int, int]:
     return int(numbers.min()), int(numbers.max()) + 1
 
 
-def _fill_slot(
-    modality: ModalityTask, blocks: dict[str, np.ndarray], slot: int, tile: TilePixels
-) -> None:
-    """Put pixels, validity and scores of one frame into its slot."""
-    layout, name = modality.layout, modality.settings.name
-    for band_set, pixels in zip(layout.band_sets, tile.sets, strict=True):
-        blocks[f"{name}/pixels{band_set.suffix}"][slot] = pixels.pixels
-        blocks[f"{name}/valid{band_set.suffix}"][slot] = pixels.valid
-    blocks[f"{name}/num_valid"][slot] = np.count_nonzero(tile.valid)
-    blocks[f"{name}/num_cloud"][slot] = np.count_nonzero(tile.cloud)
-    blocks[f"{name}/num_nodata"][slot] = np.count_nonzero(tile.nodata)
-    if not layout.tokenized:
-        return
-    if layout.scored:
-        maps = _score(modality, tile)
-        for size, level_map in zip(layout.grid.patch_sizes, maps, strict=True):
-            blocks[f"{name}/score_{size}"][slot] = level_map
-        blocks[f"{name}/num_cells"][slot] = np.count_nonzero(~np.isnan(maps[0]))
-    else:
-        blocks[f"{name}/num_cells"][slot] = np.count_nonzero(occupied(tile.valid, layout))
-
-
-def occupied(valid: np.ndarray, layout: StoreLayout) -> np.ndarray:
-    """bool [..., cell_y, cell_x]: base cells with a valid pixel, from validity [..., y, x]."""
-    grid, p = layout.grid, layout.grid.base_patch_size
-    blocks = valid.reshape(*valid.shape[:-2], grid.rows, p, grid.cols, p)
-    return np.asarray(blocks.any(axis=(-3, -1)))
-
-
 def _kept_tiles(
     task: ShardTask,
     modality: ModalityTask,
-    blocks: dict[str, np.ndarray],
+    gathered: ShardFrames,
     thresholds: dict[int, list[float]],
 ) -> np.ndarray:
     """bool [tile]: tiles whose frames of the leading modality are valid enough on average."""
@@ -328,7 +263,7 @@ def _kept_tiles(
         return np.ones(len(task.rows), np.bool_)
     read = np.isin(modality.frames["slot"], list(thresholds))
     frames = modality.frames[read]
-    fraction = _valid_fraction(modality, blocks, frames["slot"])
+    fraction = gathered.valid_fraction(frames["slot"])
     total = np.bincount(frames["tile"], fraction, minlength=len(task.rows))
     number = np.bincount(frames["tile"], minlength=len(task.rows))
     return np.divide(total, number, out=np.zeros_like(total), where=number > 0) >= least
@@ -337,7 +272,7 @@ def _kept_tiles(
 def _leave_out(
     task: ShardTask,
     modality: ModalityTask,
-    blocks: dict[str, np.ndarray],
+    gathered: ShardFrames,
     thresholds: dict[int, list[float]],
     kept_tiles: np.ndarray,
     outcome: _Outcome,
@@ -347,40 +282,10 @@ def _leave_out(
     dropped = ~kept_tiles[frames["tile"]]
     least = task.validity.min_frame_valid_fraction
     if least > 0 and modality.layout.tokenized:
-        dropped |= _valid_fraction(modality, blocks, frames["slot"]) < least
+        dropped |= gathered.valid_fraction(frames["slot"]) < least
     slots = [slot for slot in frames["slot"][dropped].tolist() if slot in thresholds]
-    _empty_slots(modality.layout.arrays(), blocks, np.array(slots, np.int64))
+    gathered.clear(np.array(slots, np.int64))
     for slot in slots:
         del thresholds[slot]
     if slots:
         outcome.left_out[modality.settings.name] = slots
-
-
-def _valid_fraction(
-    modality: ModalityTask, blocks: dict[str, np.ndarray], slots: np.ndarray
-) -> np.ndarray:
-    """float64: share of valid pixels of the frames in some slots."""
-    pixels = modality.layout.band_sets[0].tile_size_px ** 2
-    return blocks[f"{modality.settings.name}/num_valid"][slots] / pixels
-
-
-def _partition(
-    modality: ModalityTask, blocks: dict[str, np.ndarray], thresholds: dict[int, list[float]]
-) -> None:
-    """Cut every filled slot, all at once; `thresholds` by slot, in slot order."""
-    name, grid = modality.settings.name, modality.layout.grid
-    slots = np.array(list(thresholds), np.int64)
-    if modality.layout.scored:
-        maps = [blocks[f"{name}/score_{size}"][slots] for size in grid.patch_sizes]
-    else:
-        present = occupied(blocks[f"{name}/valid"][slots], modality.layout)
-        maps = [np.where(present, np.float32(0), np.float32(np.nan))]
-    nodes = node_scores(maps, grid)
-    budget = modality.settings.partition.tokens_per_tile
-    if budget is not None:
-        splits = splits_by_budget(nodes, budget, grid)
-    else:
-        limits = np.array(list(thresholds.values()), np.float32)
-        splits = splits_by_thresholds(nodes, limits.reshape(len(slots), grid.num_scales - 1), grid)
-    group = partition_path(name, DEFAULT_PARTITION)
-    fill_partition(blocks, group, slots, leaves(splits, nodes, grid))

@@ -14,6 +14,9 @@ from pipeline.scenes import Asset, Plane, Scene, asset_of, bands_of
 from pipeline.scorers.config import ExternalConfig
 from pipeline.settings.config import ModalitySettings
 
+# Scenes that differ from all others are damaged or strays up to this share, a mixture above it.
+_FEW = 0.01
+
 
 @dataclass(frozen=True)
 class SetShape:
@@ -70,12 +73,13 @@ def conform(
         else:
             refused[scene.id] = reason
     if settings.config.bands is None:
-        _refuse_mixture(accepted, "bands", [", ".join(bands_of(s)) for s in accepted], settings)
+        names = [", ".join(bands_of(s)) for s in accepted]
+        accepted = _of_one_kind(accepted, "bands", names, settings, refused)
     types = [
         "/".join(asset_of(s, bands[0])[0].dtype for _, bands in _sets(settings, s))
         for s in accepted
     ]
-    _refuse_mixture(accepted, "pixel type", types, settings)
+    accepted = _of_one_kind(accepted, "pixel type", types, settings, refused)
     if accepted:
         _check_scored(settings, accepted[0])
         _check_ranges(settings, accepted[0])
@@ -191,13 +195,22 @@ def _scored_set(settings: ModalitySettings, shapes: list[SetShape]) -> SetShape:
     )
 
 
-def _refuse_mixture(
-    scenes: Sequence[Scene], what: str, values: Sequence[str], settings: ModalitySettings
-) -> None:
+def _of_one_kind(
+    scenes: list[Scene],
+    what: str,
+    values: Sequence[str],
+    settings: ModalitySettings,
+    refused: dict[str, str],
+) -> list[Scene]:
+    """The scenes with the value that nearly all have; the few others, most likely damaged, are refused.
+
+    Raises ArchiveError where they are more than a few: which kind is meant is not ours to choose.
+    """
     groups: dict[str, list[str]] = {}
     for scene, value in zip(scenes, values, strict=True):
         groups.setdefault(value, []).append(scene.id)
-    if len(groups) > 1:
+    usual = max(groups, key=lambda value: len(groups[value]), default="")
+    if len(scenes) - len(groups.get(usual, ())) > _FEW * len(scenes):
         found = ", ".join(
             f"{value} ({names[0]}" + (f" and {len(names) - 1} more)" if len(names) > 1 else ")")
             for value, names in sorted(groups.items())
@@ -207,6 +220,13 @@ def _refuse_mixture(
             f"the scenes of modality {settings.name} differ in their {what}: {found}; one modality needs "
             f"one: give a glob that selects the scenes of one kind, or {advice}"
         )
+    for scene, value in zip(scenes, values, strict=True):
+        if value != usual:
+            refused[scene.id] = (
+                f"has the {what} {value:.80}; nearly all scenes of modality {settings.name} have "
+                f"{usual:.80}"
+            )
+    return [scene for scene, value in zip(scenes, values, strict=True) if value == usual]
 
 
 def _check_scored(settings: ModalitySettings, scene: Scene) -> None:

@@ -6,6 +6,7 @@ Headers only: no pixel is read and nothing is written.
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 
 from pipeline.errors import ArchiveError, SceneError
 from pipeline.locations import is_url
@@ -267,7 +268,7 @@ def _refuse_static_series(config: DataConfig, stacks: Sequence[Stack]) -> None:
 
 def _refuse_store(archive: str) -> None:
     """Raise ArchiveError for what is no archive, but a store made of one."""
-    if not is_url(archive) and read_header(objects_at(archive)) is not None:
+    if not is_url(archive) and read_header(objects_at(Path(archive))) is not None:
         raise ArchiveError(f"{archive} is an aptile store; give the archive that it was made of")
 
 

@@ -4,10 +4,9 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -17,10 +16,11 @@ from rasterio._err import CPLE_NotSupportedError
 from rasterio.crs import CRS
 
 from pipeline.errors import ArchiveError, SceneError
+from pipeline.fetch.files import open_file
 from pipeline.georef import canonical_crs
-from pipeline.locations import check_allowed, is_url, signed
 from pipeline.planning.footprints import LONLAT, transformed
 from pipeline.planning.splits import values_by_scene
+from pipeline.readers.gates import refuse_wide_rows
 from pipeline.scenes import Access, Scene
 from pipeline.settings.config import LabelsConfig
 
@@ -151,6 +151,8 @@ def _read(file: str, access: Access, column: str) -> _Shapes:
                     f"{file}: has no column {column!r} of classes, which labels.column names; beside the "
                     f"geometry it has {', '.join(map(repr, others)) or 'none'}"
                 )
+            own, rows = {geometry, column}, parquet.metadata.num_rows
+            refuse_wide_rows(parquet.metadata, own, rows, access.max_block_bytes)
             table = parquet.read(columns=[geometry, column])
             shapes = shapely.from_wkb(
                 table[geometry].combine_chunks().to_numpy(zero_copy_only=False)
@@ -164,10 +166,7 @@ def _read(file: str, access: Access, column: str) -> _Shapes:
 
 
 def _opened(file: str, access: Access) -> AbstractContextManager[Any]:
-    check_allowed(file, access)
-    if is_url(file):
-        return fsspec.open(signed(file, access), "rb")
-    return Path(file).open("rb")
+    return open_file(file, access)
 
 
 def _geometry_column(file: str, schema: pa.Schema) -> tuple[str, str]:

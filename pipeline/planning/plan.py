@@ -115,26 +115,19 @@ class Plan:
         return range(first, min(first + self.shard_tiles, len(self.tiles)))
 
     def frames(self, modality: str, tiles: range) -> np.ndarray:
-        """FRAME rows of some tiles of one shard, in slot order. Missing timesteps have none."""
-        plan, parts = self.modalities[modality], []
+        """FRAME rows of some tiles, in slot order. Missing timesteps have none."""
+        steps = self._steps(modality)
         stacks = self.tiles["stack"][tiles.start : tiles.stop]
+        number = steps.number[stacks]
+        ends = np.cumsum(number)
+        within = np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - number, number)
+        step = np.repeat(steps.first[stacks], number) + within
+        frames = np.empty(len(step), FRAME)
         starts = self._frame_starts(modality)[tiles.start : tiles.stop]
-        for index in np.unique(stacks).tolist():
-            present = [
-                (timestep, plan.scene_index(scene))
-                for timestep, scene in enumerate(self.stacks[index].scenes[modality])
-                if scene is not None
-            ]
-            own = np.flatnonzero(stacks == index)
-            block = np.empty((len(own), len(present)), FRAME)
-            block["slot"] = starts[own, None] + np.arange(len(present))
-            block["tile"] = tiles.start + own[:, None]
-            block["timestep"], block["scene"] = (
-                np.array(present, np.int32).reshape(-1, 2).T[:, None]
-            )
-            parts.append(block.ravel())
-        frames = np.concatenate([np.empty(0, FRAME), *parts])
-        return frames[np.argsort(frames["slot"], kind="stable")]
+        frames["slot"] = np.repeat(starts, number) + within
+        frames["tile"] = np.repeat(np.arange(tiles.start, tiles.stop), number)
+        frames["timestep"], frames["scene"] = steps.timestep[step], steps.scene[step]
+        return frames
 
     def tile_id(self, tile: int) -> str:
         at = self.tiles[tile]
@@ -143,7 +136,7 @@ class Plan:
     def _frame_starts(self, modality: str) -> np.ndarray:
         """int64 [tile]: the first slot of every tile."""
         if modality not in self._starts:
-            per_tile = frames_per_stack(self.stacks, modality)[self.tiles["stack"]]
+            per_tile = self._steps(modality).number[self.tiles["stack"]]
             before = np.cumsum(per_tile) - per_tile
             shard = np.arange(len(self.tiles)) // self.shard_tiles
             first = before[:: self.shard_tiles][shard]
@@ -154,6 +147,41 @@ class Plan:
     @cached_property
     def _starts(self) -> dict[str, np.ndarray]:
         return {}
+
+    def _steps(self, modality: str) -> "_Steps":
+        if modality not in self._steps_of:
+            self._steps_of[modality] = _Steps.of(self.stacks, self.modalities[modality])
+        return self._steps_of[modality]
+
+    @cached_property
+    def _steps_of(self) -> dict[str, "_Steps"]:
+        return {}
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """The scenes one modality has at the timesteps of all stacks, stack after stack, as arrays.
+
+    Those of a stack are entries `[first, first + number)` of `timestep` and `scene`, int32; missing ones
+    have no entry. `scene` indexes ModalityPlan.scenes.
+    """
+
+    first: np.ndarray
+    number: np.ndarray
+    timestep: np.ndarray
+    scene: np.ndarray
+
+    @classmethod
+    def of(cls, stacks: Sequence[Stack], modality: ModalityPlan) -> "_Steps":
+        number = frames_per_stack(stacks, modality.name)
+        present = [
+            (timestep, modality.scene_index(scene))
+            for stack in stacks
+            for timestep, scene in enumerate(stack.scenes[modality.name])
+            if scene is not None
+        ]
+        timestep, scene = np.array(present, np.int32).reshape(-1, 2).T
+        return cls(np.cumsum(number) - number, number, timestep.copy(), scene.copy())
 
 
 def make_plan(
@@ -173,9 +201,7 @@ def make_plan(
         settings.name: _shapes(config, settings, stacks, scenes[settings.name], existing)
         for settings in config.all_modalities()
     }
-    tiles = np.concatenate(
-        [_stack_tiles(index, stack, config) for index, stack in enumerate(stacks)]
-    )
+    tiles = _tiles(stacks, config.store.tile_size_px)
     per_tile = {name: frames_per_stack(stacks, name) for name in shapes}
     shard_tiles = _tiles_per_shard(config, len(tiles), shapes, per_tile, existing.layouts)
     num_shards = -(-len(tiles) // shard_tiles)
@@ -262,14 +288,29 @@ def _used(stacks: Sequence[Stack], modality: str) -> tuple[Scene, ...]:
     return tuple(scene for _, _, scene in sorted(by_object.values(), key=lambda used: used[:2]))
 
 
-def _stack_tiles(index: int, stack: Stack, config: DataConfig) -> np.ndarray:
+def _tiles(stacks: Sequence[Stack], tile_px: int) -> np.ndarray:
+    """TILE rows of all stacks, stack after stack; those of places that are alike are made at once."""
+    alike: dict[tuple[int, int, tuple[int, int]], list[int]] = {}
+    for index, stack in enumerate(stacks):
+        alike.setdefault(_extent(stack), []).append(index)
+    orders = {key: tile_order(*key[:2], tile_px, key[2]) for key in alike}
+    number = np.empty(len(stacks), np.int64)
+    for key, members in alike.items():
+        number[members] = len(orders[key])
+    tiles = np.empty(int(number.sum()), TILE)
+    tiles["stack"] = np.repeat(np.arange(len(stacks)), number)
+    first = np.cumsum(number) - number
+    for key, members in alike.items():
+        own = first[members, None] + np.arange(len(orders[key]))
+        tiles["row"][own], tiles["col"][own] = orders[key].T
+    return tiles
+
+
+def _extent(stack: Stack) -> tuple[int, int, tuple[int, int]]:
+    """Height, width and the blocks of the leading file: what the order of a place's tiles follows from."""
     lead = next(scene for scene in next(iter(stack.scenes.values())) if scene is not None)
     block = max(lead.assets, key=lambda a: a.grid.height * a.grid.width).block_shape
-    order = tile_order(stack.grid.height, stack.grid.width, config.store.tile_size_px, block)
-    tiles = np.empty(len(order), TILE)
-    tiles["stack"] = index
-    tiles["row"], tiles["col"] = order.T
-    return tiles
+    return stack.grid.height, stack.grid.width, block
 
 
 def _tiles_per_shard(

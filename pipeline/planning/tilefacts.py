@@ -19,11 +19,14 @@ from pipeline.sources.tables import read_table
 
 @dataclass(frozen=True)
 class TileFacts:
-    """Per tile: footprint as WKB in longitude and latitude, bounds (xmin, ymin, xmax, ymax) in the CRS,
-    class label and split; None where there is none. `notes` are remarks for people."""
+    """Per tile: footprint as WKB in longitude and latitude, label and split; None where there is none.
+
+    `bounds` float64 [tile, (xmin, ymin, xmax, ymax)] are in the CRS, NaN where there is none. `notes` are
+    remarks for people.
+    """
 
     geometry: Sequence[bytes | None]
-    bounds: Sequence[Sequence[float] | None]
+    bounds: np.ndarray
     labels: Sequence[str | None]
     splits: Sequence[str | None]
     notes: tuple[str, ...] = ()
@@ -33,7 +36,7 @@ class TileFacts:
         chosen = tiles.tolist()
         return TileFacts(
             geometry=[self.geometry[tile] for tile in chosen],
-            bounds=[self.bounds[tile] for tile in chosen],
+            bounds=self.bounds[tiles],
             labels=[self.labels[tile] for tile in chosen],
             splits=[self.splits[tile] for tile in chosen],
             notes=self.notes,
@@ -50,11 +53,8 @@ def tile_facts(plan: Plan, root: str, access: Access) -> TileFacts:
     grids = [stack.grid for stack in plan.stacks]
     at = plan.tiles
     found = many_footprints(grids, at["stack"], at["row"], at["col"], config.store.tile_size_px)
-    known = np.isfinite(found.bounds).all(axis=1).tolist()
-    bounds = [
-        box if is_known else None
-        for box, is_known in zip(found.bounds.tolist(), known, strict=True)
-    ]
+    known = np.isfinite(found.bounds).all(axis=1, keepdims=True)
+    bounds = np.where(known, found.bounds, np.nan)
     stack_of = plan.tiles["stack"].tolist()
     places = [plan.stacks[stack].name for stack in stack_of]
     located = found.lonlat_box if any(grid.crs is not None for grid in grids) else None

@@ -17,6 +17,8 @@ from pipeline.locations import reason_of
 
 # Coordinates are read whole while planning; nobody has longer ones.
 MAX_COORDINATE_LENGTH = 2**24
+# Bytes that such a coordinate may take, however wide its type.
+_MAX_COORDINATE_BYTES = 2**28
 # Objects of one file or store that are listed at most.
 MAX_MEMBERS = 20_000
 # What one read takes of an array that is not chunked.
@@ -105,13 +107,8 @@ def scene_errors() -> Iterator[None]:
         yield
     except (AptileError, AssertionError):
         raise
-    except Exception as error:  # Zarr, HDF5, fsspec and every codec have errors of their own
+    except Exception as error:  # Zarr, HDF5 and every codec have errors of their own
         raise SceneError(f"cannot be read ({reason_of(error):.200})") from None
-
-
-def http_options(href: str) -> dict[str, Any]:
-    """Options of fsspec: where a server sends one elsewhere, nobody has allowed to go."""
-    return {"allow_redirects": False} if href.startswith(("http:", "https:")) else {}
 
 
 def read_whole(file: ArrayFile, path: str) -> np.ndarray:
@@ -120,9 +117,10 @@ def read_whole(file: ArrayFile, path: str) -> np.ndarray:
     if header is None:
         raise SceneError(f"has no array {path}")
     count = math.prod(header.shape)
-    if count > MAX_COORDINATE_LENGTH:
+    if count > MAX_COORDINATE_LENGTH or count * header.stored.itemsize > _MAX_COORDINATE_BYTES:
         raise SceneError(
-            f"its coordinate {path} has {count} values; at most {MAX_COORDINATE_LENGTH} are read"
+            f"its coordinate {path} has {count} values; at most {MAX_COORDINATE_LENGTH} are read, of "
+            f"{_MAX_COORDINATE_BYTES} bytes in all"
         )
     file.check(path)
     blocks = [-(-n // size) for n, size in zip(header.shape, header.block_shape, strict=True)]

@@ -13,17 +13,16 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import fsspec
 import numpy as np
 
 from pipeline.errors import SceneError
-from pipeline.locations import check_allowed, file_fingerprint, is_url, signed
+from pipeline.fetch.files import fingerprint, opened
+from pipeline.locations import check_allowed, is_url
 from pipeline.readers.array_base import (
     ArrayFile,
     ArrayHeader,
     checked_path,
     find_axes,
-    http_options,
     scene_errors,
 )
 from pipeline.readers.hdf5_arrays import open_hdf5
@@ -54,7 +53,7 @@ def open_array_asset(asset: Asset, access: Access) -> Iterator["ArrayReader"]:
     with open_array_file(asset.href, access) as file:
         if is_netcdf(asset.href) and asset.header_seen:
             with scene_errors():
-                found = file_fingerprint(asset.href)
+                found = fingerprint(asset.href, access)
             if found != asset.fingerprint:
                 raise SceneError(
                     f"changed since it was planned: its fingerprint is {found}, was {asset.fingerprint}"
@@ -301,16 +300,12 @@ class _Cache:
 def _opener(href: str, access: Access) -> AbstractContextManager[ArrayFile]:
     if not is_netcdf(href):
         return nullcontext(ZarrFile(href, access))
-    if is_url(href):
-        with fsspec.open(signed(href, access), "rb", **http_options(href)) as file:
-            magic = file.read(8)
-    elif Path(href).is_file():
-        with Path(href).open("rb") as file:
-            magic = file.read(8)
-    else:
+    if not (is_url(href) or Path(href).is_file()):
         raise SceneError(f"is {'no regular file' if Path(href).exists() else 'not there'}")
+    with opened(href, access) as file:
+        magic = file.read(0, 8)
     if magic == b"\x89HDF\r\n\x1a\n":
         return open_hdf5(href, access)
     if magic[:4] in (b"CDF\x01", b"CDF\x02"):
-        return open_netcdf3(href)
+        return open_netcdf3(href, access)
     raise SceneError("is no netCDF file (HDF5, classic or 64-bit offset) by its first bytes")

@@ -6,7 +6,8 @@ from dataclasses import replace
 from functools import lru_cache
 
 from pipeline.errors import SceneError
-from pipeline.locations import check_allowed, file_fingerprint, is_url, signed
+from pipeline.fetch.files import fingerprint
+from pipeline.locations import check_allowed, is_url
 from pipeline.readers.base import AssetReader
 from pipeline.readers.compare import compare_header, verify_checksum
 from pipeline.readers.rasters import RasterHeader, open_raster_asset, read_header
@@ -45,7 +46,7 @@ def _confirmed(asset: Asset, access: Access) -> Asset:
     if asset.checksum is not None:
         _verified(asset.href, asset.fingerprint, asset.checksum, access)
     if asset.header_seen and not is_url(asset.href):
-        if _changed(asset):
+        if _changed(asset, access):
             raise SceneError(
                 f"{asset.href} was changed since the job was planned; run the command again"
             )
@@ -71,15 +72,15 @@ def _completed(asset: Asset, header: RasterHeader) -> Asset:
     return replace(asset, planes=tuple(planes))
 
 
-def _changed(asset: Asset) -> bool:
+def _changed(asset: Asset, access: Access) -> bool:
     try:
-        return file_fingerprint(asset.href) != asset.fingerprint
+        return fingerprint(asset.href, access) != asset.fingerprint
     except OSError as error:
         raise SceneError(f"{asset.href} cannot be read: {error.strerror}") from None
 
 
 @lru_cache(maxsize=1024)
-def _verified(href: str, fingerprint: str, checksum: str, access: Access) -> None:
+def _verified(href: str, version: str, checksum: str, access: Access) -> None:
     """Verify a checksum once per process: it takes reading the whole file."""
-    del fingerprint
-    verify_checksum(signed(href, access), checksum)
+    del version
+    verify_checksum(href, checksum, access)

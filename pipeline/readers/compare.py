@@ -6,17 +6,15 @@ A catalogue that states everything is believed while planning, and checked when 
 import hashlib
 import math
 from functools import lru_cache
-from pathlib import Path
-from typing import Any
 
-import fsspec
 import numpy as np
 from rasterio.crs import CRS
 
 from pipeline.errors import SceneError
-from pipeline.locations import is_url
+from pipeline.fetch.files import opened
+from pipeline.locations import reason_of
 from pipeline.readers.rasters import RasterHeader
-from pipeline.scenes import Asset, Grid, Plane, Transform
+from pipeline.scenes import Access, Asset, Grid, Plane, Transform
 
 TOLERANCE_PX = 1e-6
 _RELATIVE_TOLERANCE = 1e-6
@@ -45,11 +43,10 @@ def compare_header(asset: Asset, header: RasterHeader) -> None:
         _compare_band(plane, header, number)
 
 
-def verify_checksum(href: str, multihash_hex: str) -> None:
+def verify_checksum(href: str, multihash_hex: str, access: Access) -> None:
     """Raise SceneError unless the file has this multihash (sha1, sha2-256, sha2-512 or md5, in hex).
 
-    Reads all of it, 4 MiB at a time. `href` is a path or a URL as it is to be opened: the caller has
-    checked that it may be, and signed it.
+    Reads all of it, 4 MiB at a time.
     """
     given = multihash_hex.lower()
     prefix = next((p for p in _MULTIHASHES if given.startswith(p)), None)
@@ -59,7 +56,7 @@ def verify_checksum(href: str, multihash_hex: str) -> None:
             f"has the checksum {given[:24]!r}..., which is no known multihash; expected hex digits that "
             f"begin with one of {', '.join(f'{code} ({what})' for code, what in _MULTIHASHES.items())}"
         )
-    found = prefix + _digest(href, name)
+    found = prefix + _digest(href, name, access)
     if found != given:
         raise _contradiction("checksum", found, given)
 
@@ -133,26 +130,16 @@ def _same_systems(one: str, other: str) -> bool:
     return bool(CRS.from_user_input(one) == CRS.from_user_input(other))
 
 
-def _digest(href: str, name: str) -> str:
+def _digest(href: str, name: str, access: Access) -> str:
     # Broken files are looked for, not attackers.
     digest = hashlib.new(name, usedforsecurity=False)
     try:
-        with _opened(href) as file:
-            while piece := file.read(_PIECE_BYTES):
-                digest.update(piece)
-    except ImportError:
-        raise
-    except Exception as error:
-        raise SceneError(f"cannot be read: {' '.join(str(error).split())[:200]}") from None
+        with opened(href, access) as file:
+            for start in range(0, file.size, _PIECE_BYTES):
+                digest.update(file.read(start, _PIECE_BYTES))
+    except OSError as error:
+        raise SceneError(f"{href} cannot be read: {reason_of(error)}") from None
     return digest.hexdigest()
-
-
-def _opened(href: str) -> Any:
-    if not is_url(href):
-        return Path(href).open("rb")
-    # Where a server sends one elsewhere, nobody has allowed to go.
-    options = {"allow_redirects": False} if href.startswith(("http:", "https:")) else {}
-    return fsspec.open(href, "rb", **options)
 
 
 def _contradiction(what: str, found: object, stated: object) -> SceneError:

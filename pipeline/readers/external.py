@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -85,4 +86,4 @@ def _required(scene: Scene, scoring: ExternalConfig) -> Path:
 
 def _with_folder(access: Access, scoring: ExternalConfig) -> Access:
     assert scoring.folder is not None
-    return Access((*access.roots, as_root(scoring.folder)), access.drivers, access.max_block_bytes)
+    return replace(access, roots=(*access.roots, as_root(scoring.folder)))

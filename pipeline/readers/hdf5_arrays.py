@@ -10,15 +10,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import fsspec
 import numpy as np
 
 from pipeline.errors import ArchiveError, SceneError
-from pipeline.locations import is_url, signed
+from pipeline.fetch.files import PythonFile, opened
 from pipeline.readers.array_base import (
     MAX_MEMBERS,
     ArrayHeader,
-    http_options,
     refuse_large_block,
     scene_errors,
     strips,
@@ -49,10 +47,8 @@ def open_hdf5(href: str, access: Access) -> Iterator["Hdf5File"]:
         raise ArchiveError(
             f"{href} is a netCDF-4 file, which needs h5netcdf; install aptile[xarray]"
         ) from None
-    source = href
-    if is_url(href):
-        source = fsspec.open(signed(href, access), "rb", **http_options(href)).open()
-    with h5py.File(source, "r", locking="best-effort") as file:
+    # HDF5 reads through Python, where what a disk or server says can be heard and tried again.
+    with opened(href, access) as source, h5py.File(PythonFile(source), "r") as file:
         _refuse_references(file, h5py)
         with h5netcdf.File(file, "r", phony_dims="access", decode_vlen_strings=True) as netcdf:
             yield Hdf5File(file, netcdf, access.max_block_bytes)
@@ -104,8 +100,8 @@ class Hdf5File:
                 f"its array {path} holds {dataset.shape} of the {header.shape} numbers that its dimensions "
                 "promise; write the rest of it"
             )
-        if dataset.chunks is not None:
-            refuse_large_block(path, dataset.chunks, dataset.dtype.itemsize, self._max_block_bytes)
+        size = dataset.dtype.itemsize
+        refuse_large_block(path, header.block_shape, size, self._max_block_bytes)
 
     @scene_errors()
     def block(self, path: str, index: tuple[int, ...]) -> np.ndarray | None:

@@ -9,18 +9,21 @@ from scipy.io import netcdf_file
 
 from pipeline.errors import SceneError
 from pipeline.locations import is_url
-from pipeline.readers.array_base import ArrayHeader, scene_errors, strips
+from pipeline.readers.array_base import ArrayHeader, refuse_large_block, scene_errors, strips
+from pipeline.readers.netcdf3_header import check_netcdf3
+from pipeline.scenes import Access
 
 
 @contextmanager
-def open_netcdf3(href: str) -> Iterator["Netcdf3File"]:
+def open_netcdf3(href: str, access: Access) -> Iterator["Netcdf3File"]:
     """A netCDF-3 file; SceneError if it lies behind a URL."""
     if is_url(href):
         raise SceneError(
             "is a netCDF-3 file, which is read from a folder only; copy it, or rewrite it"
         )
+    check_netcdf3(href)
     file = netcdf_file(href, "r", mmap=True)
-    opened = Netcdf3File(file)
+    opened = Netcdf3File(file, access.max_block_bytes)
     try:
         yield opened
     finally:
@@ -31,7 +34,8 @@ def open_netcdf3(href: str) -> Iterator["Netcdf3File"]:
 class Netcdf3File:
     """An open netCDF-3 file as an `ArrayFile`. It has no groups, and every number of it was written."""
 
-    def __init__(self, file: Any) -> None:
+    def __init__(self, file: Any, max_block_bytes: int) -> None:
+        self._max_block_bytes = max_block_bytes
         self._variables = dict(file.variables)
         self._attrs = {name: _plain(value) for name, value in file._attributes.items()}
 
@@ -65,7 +69,11 @@ class Netcdf3File:
 
     @scene_errors()
     def check(self, path: str) -> None:
-        """Nothing of this format can be unsafe."""
+        header = self.header(path)
+        if header is None:
+            raise SceneError(f"has no array {path}")
+        size = header.stored.itemsize
+        refuse_large_block(path, header.block_shape, size, self._max_block_bytes)
 
     @scene_errors()
     def block(self, path: str, index: tuple[int, ...]) -> np.ndarray | None:

@@ -12,18 +12,17 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-import fsspec
 import numpy as np
 
 from pipeline.errors import SceneError
+from pipeline.fetch.buckets import children, is_bucket
+from pipeline.fetch.files import read_bytes, read_part
+from pipeline.fetch.http import Span
+from pipeline.fetch.retries import on_disk
 from pipeline.locations import check_allowed, is_url, signed
-from pipeline.readers.array_base import (
-    MAX_MEMBERS,
-    ArrayHeader,
-    http_options,
-    scene_errors,
-)
+from pipeline.readers.array_base import MAX_MEMBERS, ArrayHeader, scene_errors
 from pipeline.readers.chunks import Codec, decode, reason, unpack
+from pipeline.readers.gates import refuse_large_document
 from pipeline.readers.zarr_metadata import (
     Document,
     ZarrLayout,
@@ -62,30 +61,38 @@ class LocalObjects:
         self._checked: set[Path] = set()
 
     def read(self, key: str, start: int, length: int | None, most: int) -> bytes | None:
-        path = self._root / key
+        def tried() -> bytes:
+            return self._read(key, start, length, most)
+
         try:
-            self._refuse_wrong_places(path)
-            with path.open("rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                start = max(size + start, 0) if start < 0 else start
-                wanted = size - start if length is None else length
-                if wanted > most:
-                    raise SceneError(
-                        f"its object {key} has {wanted} bytes; expected at most {most}"
-                    )
-                file.seek(start)
-                return file.read(max(wanted, 0))
+            return on_disk(tried, key, self._access.retries)
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             return None
         except OSError as error:
             raise SceneError(f"its object {key} cannot be read ({reason(error)})") from None
 
+    def _read(self, key: str, start: int, length: int | None, most: int) -> bytes:
+        path = self._root / key
+        self._refuse_wrong_places(path)
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            start = max(size + start, 0) if start < 0 else start
+            wanted = size - start if length is None else length
+            if wanted > most:
+                raise SceneError(f"its object {key} has {wanted} bytes; expected at most {most}")
+            file.seek(start)
+            return file.read(max(wanted, 0))
+
     def children(self, key: str) -> list[str]:
         folder = self._root / key
-        try:
+
+        def tried() -> list[str]:
             self._refuse_outside(folder)
             with os.scandir(folder) as entries:
                 return sorted(entry.name for entry in entries if entry.is_dir())
+
+        try:
+            return on_disk(tried, key or "/", self._access.retries)
         except OSError as error:
             raise SceneError(f"its group {key or '/'} cannot be listed ({reason(error)})") from None
 
@@ -106,37 +113,38 @@ class LocalObjects:
 
 
 class RemoteObjects:
-    """What lies below a URL, through the file system that fsspec has for it."""
+    """What lies below a URL. An object that is read in parts is the same one every time, or an error."""
 
     def __init__(self, root: str, access: Access) -> None:
         check_allowed(root, access)
         if signed(root, access) != root:
             raise SceneError("is a Zarr store, whose many objects run.sign cannot sign; unset it")
-        self._files, self._root = fsspec.core.url_to_fs(root, **http_options(root))
+        self._root, self._access = root.rstrip("/"), access
+        self._versions: dict[str, tuple[int, str]] = {}
 
     def read(self, key: str, start: int, length: int | None, most: int) -> bytes | None:
-        path = f"{self._root.rstrip('/')}/{key}"
-        stop = None if start < 0 else start + (most + 1 if length is None else length)
+        url = f"{self._root}/{key}"
         try:
-            content = bytes(self._files.cat_file(path, start=start or None, end=stop))
+            if start == 0 and length is None:
+                return read_bytes(url, self._access, most)
+            stop = None if length is None or start < 0 else start + length
+            part = read_part(url, self._access, Span(start, stop), most)
         except FileNotFoundError:
             return None
-        except Exception as error:  # every file system has errors of its own
-            raise SceneError(f"its object {key} cannot be read ({reason(error)})") from None
-        if len(content) > most:
-            raise SceneError(f"its object {key} has more than {most} bytes")
-        return content
+        version = part.size, part.tag
+        if self._versions.setdefault(key, version) != version:
+            raise SceneError(f"its object {key} changed while it was read; run the command again")
+        return part.data
 
     def children(self, key: str) -> list[str]:
-        path = f"{self._root.rstrip('/')}/{key}"
-        try:
-            return sorted(
-                name.rstrip("/").rpartition("/")[2] for name in self._files.ls(path, detail=False)
-            )
-        except Exception as error:
+        url = f"{self._root}/{key}"
+        if not is_bucket(url):
             raise SceneError(
-                f"its group {key or '/'} cannot be listed ({reason(error)}); name its arrays in assets"
-            ) from None
+                f"its group {key or '/'} cannot be listed, as web servers do not say what they have; "
+                "consolidate its metadata or name its arrays in assets"
+            )
+        folders, objects = children(url, self._access)
+        return sorted((*folders, *objects))
 
 
 class ZarrFile:
@@ -264,6 +272,10 @@ class ZarrFile:
         key = key.removeprefix("/")
         if key not in self._documents and not self._complete:
             content = self._objects.read(key, 0, None, _MAX_DOCUMENT_BYTES)
+            if content is not None:
+                refuse_large_document(
+                    content, self._max_block_bytes, f"its metadata document {key}"
+                )
             self._documents[key] = None if content is None else _parsed(key, content)
         return self._documents.get(key)
 

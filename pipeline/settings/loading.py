@@ -18,6 +18,9 @@ from pipeline.settings.problems import WHOLE, problems
 
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
 
+# More values than any configuration needs.
+_MOST_VALUES = 1_000_000
+_TOO_DEEP = "is nested too deeply; expected `key: value` lines, three or four deep"
 _SUFFIXES = (".yaml", ".yml")
 # What a preset can say of one modality among several.
 _OF_A_MODALITY = ("modality", "scoring", "partition")
@@ -56,8 +59,12 @@ def validated(model: type[ConfigT], content: Mapping[str, Any], label: str) -> C
 def _read_yaml(file: Path) -> Content:
     try:
         text = file.read_text(encoding="utf-8")
-        _refuse_repeated_keys(yaml.compose(text, Loader=yaml.SafeLoader), file, set())
+        tree = yaml.compose(text, Loader=yaml.SafeLoader)
+        _refuse_repeated_keys(tree, file, set())
+        _refuse_many_values(tree, str(file))
         content = yaml.safe_load(text)
+    except RecursionError:
+        raise ConfigError(f"{file}: {_TOO_DEEP}") from None
     except OSError as error:
         raise ConfigError(
             f"{file}: cannot read the configuration: {error.strerror}; give the path of a YAML file"
@@ -81,6 +88,30 @@ def _in_words(error: yaml.YAMLError | UnicodeDecodeError) -> str:
     advice = "; indent with spaces, not tabs" if "'\\t'" in str(error) else ""
     context = " ".join(str(part) for part in (error.context, error.problem) if part)  # type: ignore[union-attr]
     return f"line {mark.line + 1}: {context}{advice}"
+
+
+def _refuse_many_values(tree: yaml.Node | None, label: str) -> None:
+    """An alias repeats all it stands for: a few lines of them can mean billions of values."""
+    sizes: dict[int, int] = {}
+
+    def size(node: yaml.Node) -> int:
+        if not isinstance(node, yaml.CollectionNode):
+            return 1
+        if id(node) not in sizes:
+            sizes[id(node)] = 1  # of an alias to what it lies in
+            parts = [
+                part
+                for item in node.value
+                for part in (item if isinstance(node, yaml.MappingNode) else (item,))
+            ]
+            sizes[id(node)] = 1 + sum(map(size, parts))
+        return sizes[id(node)]
+
+    if tree is not None and size(tree) > _MOST_VALUES:
+        raise ConfigError(
+            f"{label}: stands for more than {_MOST_VALUES} values, with its aliases (*name) written out; "
+            "leave them out"
+        )
 
 
 def _refuse_repeated_keys(node: yaml.Node | None, file: Path, seen: set[int]) -> None:
@@ -108,7 +139,10 @@ def _parse_override(text: str) -> Content:
     if not separator or not all(parts):
         raise ConfigError(f"--set {text!r}: expected key=value, for example partition.num_scales=2")
     try:
+        _refuse_many_values(yaml.compose(value, Loader=yaml.SafeLoader), f"--set {key}")
         parsed: Any = yaml.safe_load(value)
+    except RecursionError:
+        raise ConfigError(f"--set {key}: {_TOO_DEEP}") from None
     except yaml.YAMLError:
         raise ConfigError(
             f"--set {text!r}: the value is not YAML; text with braces or brackets needs quotes of its own, "

@@ -4,16 +4,18 @@ A source is imported when it is used, so that a library that only one of them ne
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
-import fsspec
-
-from pipeline.errors import ArchiveError, ConfigError
-from pipeline.locations import as_root, is_url, signed
-from pipeline.scenes import Access, Listing
+from pipeline.errors import ArchiveError, ConfigError, SceneError
+from pipeline.fetch.files import exists
+from pipeline.locations import as_root, is_url
+from pipeline.readers.gates import refuse_many_pixels
+from pipeline.scenes import Access, Listing, Retries
 from pipeline.settings.modality import ModalityConfig
 from pipeline.settings.run import RunConfig
+from pipeline.sources.checksums import checksum_file, with_checksums
 from pipeline.sources.files import below, is_file, require, split_glob, suffix
 
 _SEARCH = "stac+"
@@ -38,7 +40,11 @@ def archive_access(archive: str, run: RunConfig) -> Access:
         roots=(root, *map(as_root, run.allow)),
         drivers=drivers,
         max_block_bytes=run.max_block_bytes,
+        max_scene_px=run.max_scene_px,
         sign=run.sign,
+        checksums=run.checksums,
+        allow_private_addresses=run.allow_private_addresses,
+        retries=Retries(**run.retries.model_dump()),
     )
 
 
@@ -53,9 +59,11 @@ def list_scenes(archive: str, modality: ModalityConfig, access: Access) -> Listi
     location, root = _locate(archive, modality, access)
     try:
         list_source, _ = _source(location, access)
-        return list_source(location, root, modality, access)
+        listing = list_source(location, root, modality, access)
     except ImportError as error:
         raise _missing(location, error) from None
+    listing = _of_bounded_size(listing, access)
+    return listing if access.checksums is None else with_checksums(listing, root, access)
 
 
 def source_files(archive: str, modality: ModalityConfig, access: Access) -> dict[str, str]:
@@ -63,7 +71,7 @@ def source_files(archive: str, modality: ModalityConfig, access: Access) -> dict
     location, root = _locate(archive, modality, access)
     try:
         _, files_of = _source(location, access)
-        return files_of(location, root, modality, access)
+        return {**files_of(location, root, modality, access), **checksum_file(root, access)}
     except ImportError as error:
         raise _missing(location, error) from None
 
@@ -80,6 +88,21 @@ def _source(location: str, access: Access) -> tuple[_List, _FilesOf]:
     from pipeline.sources import folder
 
     return folder.list_folder, folder.files_of
+
+
+def _of_bounded_size(listing: Listing, access: Access) -> Listing:
+    """The listing without scenes of too many pixels, whichever header or catalogue states them."""
+    scenes, refused = [], dict(listing.refused)
+    for scene in listing.scenes:
+        try:
+            for asset in scene.assets:
+                refuse_many_pixels(asset.grid.height, asset.grid.width, access.max_scene_px)
+            scenes.append(scene)
+        except SceneError as error:
+            refused[scene.id] = str(error)
+    if len(scenes) == len(listing.scenes):
+        return listing
+    return replace(listing, scenes=tuple(scenes), refused=dict(sorted(refused.items())))
 
 
 def _is_catalogue(location: str) -> bool:
@@ -108,13 +131,12 @@ def _has_zarr_metadata(location: str, access: Access) -> bool:
     if split_glob(location)[1] or is_file(location):
         return False
     places = (f"{location.rstrip('/')}/{name}" for name in _ZARR_METADATA)
+    if not is_url(location):
+        return any(Path(place).is_file() for place in places)
     try:
-        if not is_url(location):
-            return any(Path(place).is_file() for place in places)
-        systems = (fsspec.core.url_to_fs(signed(place, access)) for place in places)
-        return any(system.exists(path) for system, path in systems)
-    except Exception:  # what cannot be reached is reported by the source that tries to list it
-        return False
+        return any(exists(place, access) for place in places)
+    except SceneError as error:
+        raise ArchiveError(str(error)) from None
 
 
 def _locate(archive: str, modality: ModalityConfig, access: Access) -> tuple[str, str]:
@@ -169,5 +191,5 @@ def _split(archive: str) -> tuple[str, str]:
 
 def _missing(location: str, error: ImportError) -> ArchiveError:
     return ArchiveError(
-        f"{location} cannot be read: {error}; install it with: pip install 'aptile[stac,xarray]'"
+        f"{location} cannot be read: {error}; install it with: pip install 'aptile[stac,xarray,cloud]'"
     )

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import fsspec
-
 from pipeline.errors import ArchiveError, ConfigError, SceneError
-from pipeline.locations import check_allowed, file_fingerprint, is_url, signed
-from pipeline.readers.array_base import http_options, scene_errors
+from pipeline.fetch.buckets import is_bucket, matching
+from pipeline.fetch.files import fingerprint
+from pipeline.locations import check_allowed, is_url
+from pipeline.readers.array_base import scene_errors
 from pipeline.readers.arrays import NETCDF_SUFFIXES, is_netcdf, open_array_file
 from pipeline.readers.zarr_arrays import DOCUMENTS, zarr_fingerprint
 from pipeline.scenes import Access, Listing, Scene
@@ -95,7 +95,7 @@ def find_cubes(location: str, archive_root: str, access: Access) -> list[Cube]:
     """The stores of a location, sorted by name; ArchiveError if there is none."""
     places = [location]
     if glob.has_magic(location) and not Path(location).exists():
-        places = _matches(location)
+        places = _matches(location, access)
     cubes = []
     for place in places:
         href, inner = _split(place, access)
@@ -119,15 +119,18 @@ def _refuse_keys(modality: ModalityConfig) -> None:
             )
 
 
-def _matches(pattern: str) -> list[str]:
+def _matches(pattern: str, access: Access) -> list[str]:
     if not is_url(pattern):
         return glob.glob(pattern, recursive=True)  # noqa: PTH207 (absolute patterns)
+    if not is_bucket(pattern):
+        raise ArchiveError(
+            f"{pattern}: what a folder on a web server holds cannot be listed; name one Zarr store or "
+            "netCDF file, or a STAC catalogue"
+        )
     try:
-        files, path = fsspec.core.url_to_fs(pattern, **http_options(pattern))
-        return [files.unstrip_protocol(match) for match in files.glob(path)]
-    except Exception as error:  # every file system has errors of its own
-        text = " ".join(str(error).split())
-        raise ArchiveError(f"{pattern}: cannot be listed: {text:.200}") from None
+        return matching(pattern, access)
+    except SceneError as error:
+        raise ArchiveError(f"{pattern}: cannot be listed: {error}") from None
 
 
 def _split(place: str, access: Access) -> tuple[str, str]:
@@ -184,5 +187,5 @@ def _fingerprint(cube: Cube, access: Access) -> str:
     with scene_errors():
         check_allowed(cube.href, access)
         if is_netcdf(cube.href):
-            return file_fingerprint(signed(cube.href, access))
+            return fingerprint(cube.href, access)
         return zarr_fingerprint(cube.href, access)

@@ -11,12 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
 from urllib.parse import urlsplit
 
-import fsspec
-
 from pipeline.errors import ArchiveError, ConfigError, SceneError
+from pipeline.fetch.buckets import is_bucket, objects_below
+from pipeline.fetch.files import fingerprint
 from pipeline.locations import (
     as_root,
     check_allowed,
@@ -24,14 +23,11 @@ from pipeline.locations import (
     is_url,
     join,
     reason_of,
-    signed,
 )
 from pipeline.readers.rasters import SUFFIXES
 from pipeline.scenes import Access
 from pipeline.sources.names import printable
 
-# Remote stores that can say what a folder holds.
-_LISTABLE = ("s3", "gs", "az", "abfs")
 # Name below what is searched, fingerprint, problem.
 _State = tuple[str, str, str | None]
 
@@ -88,14 +84,14 @@ def find_rasters(location: str, archive_root: str, access: Access) -> Found:
         base, _, name = location.rpartition("/")
         states = iter([(name, *_single(location, access))])
     elif is_url(location):
-        states = _listed(base, wildcards, location)
+        states = _listed(base, wildcards, location, access)
     else:
         require(location)
         states = _walk(base, wildcards, archive_root, access, found)
-    for name, fingerprint, problem in states:
+    for name, mark, problem in states:
         href = f"{base.rstrip('/')}/{name}"
         path = relative(href, archive_root)
-        found.files.append(RasterFile(href, path, name, fingerprint, problem))
+        found.files.append(RasterFile(href, path, name, mark, problem))
     found.files.sort(key=lambda file: file.path)
     return found
 
@@ -156,8 +152,8 @@ def is_file(location: str) -> bool:
 def fingerprint_of(location: str, access: Access) -> str:
     """The fingerprint of a file that the user named. Raises ArchiveError where there is none."""
     try:
-        return file_fingerprint(signed(location, access))
-    except Exception as error:  # drivers of remote stores have errors of their own
+        return fingerprint(location, access)
+    except (OSError, SceneError) as error:
         raise ArchiveError(
             f"{location}: cannot be reached: {reason_of(error)}; check the path or address"
         ) from None
@@ -246,28 +242,22 @@ def _local_state(entry: os.DirEntry[str]) -> tuple[str, str | None]:
     return f"{status.st_size}-{status.st_mtime_ns}", problem
 
 
-def _listed(base: str, wildcards: tuple[str, ...], location: str) -> Iterator[_State]:
+def _listed(
+    base: str, wildcards: tuple[str, ...], location: str, access: Access
+) -> Iterator[_State]:
     """As `_walk`, for a folder of a remote store."""
-    if urlsplit(location).scheme not in _LISTABLE:
+    if not is_bucket(location):
         raise ArchiveError(
             f"{location}: what a folder on a web server holds cannot be listed; name one file ending in "
             f"{', '.join(SUFFIXES)}, or a STAC catalogue"
         )
     try:
-        file_system, path = fsspec.core.url_to_fs(base)
-        details = file_system.find(path, detail=True)
-    except Exception as error:  # drivers of remote stores have errors of their own
-        raise ArchiveError(f"{location}: cannot be listed: {reason_of(error)}") from None
-    for key, entry in details.items():
-        name = relative(key, path)
-        if _is_wanted(name, wildcards) and _is_shown(name):
-            yield name, _listed_fingerprint(entry), None
-
-
-def _listed_fingerprint(details: dict[str, Any]) -> str:
-    """As `pipeline.locations.file_fingerprint`, without asking for every file."""
-    tag = details.get("ETag") or details.get("etag") or details.get("LastModified") or ""
-    return f"{details.get('size')}-{tag}".replace('"', "")
+        for href, mark in objects_below(base, access):
+            name = relative(href, base)
+            if _is_wanted(name, wildcards) and _is_shown(name):
+                yield name, mark, None
+    except SceneError as error:
+        raise ArchiveError(f"{location}: cannot be listed: {error}") from None
 
 
 def _single(location: str, access: Access) -> tuple[str, str | None]:

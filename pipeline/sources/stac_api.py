@@ -1,11 +1,13 @@
 """Searching a STAC API, at an address such as `stac+https://host/v1?collections=a&datetime=2023`."""
 
+import json
 import warnings
 from collections.abc import Iterator
 from typing import Any
-from urllib.parse import parse_qsl, urlsplit, urlunsplit
+from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 from pipeline.errors import ArchiveError, ConfigError, SceneError
+from pipeline.fetch.http import Question, ask
 from pipeline.locations import check_allowed, is_url, reason_of
 from pipeline.scenes import Access
 
@@ -13,9 +15,6 @@ PREFIX = "stac+"
 # What may stand in the address, and how the client wants it; lists are comma-separated.
 _PARAMETERS = ("bbox", "collections", "datetime", "filter", "ids", "limit", "max_items", "query")
 MAX_ITEMS = 5_000_000
-_TIMEOUT_S = (10.0, 120.0)
-_RETRIES = 3
-_BUSY = (429, 502, 503, 504)
 
 
 def is_search(location: str) -> bool:
@@ -54,12 +53,11 @@ def search_items(location: str, access: Access) -> Iterator[Any]:
     from pystac_client import Client
 
     url, arguments = search_parts(location)
-    connection = _connection(access)
     try:
         with warnings.catch_warnings():
             # An API that does not say which version it conforms to still answers.
             warnings.simplefilter("ignore")
-            client = Client.open(url, stac_io=connection, timeout=_TIMEOUT_S)
+            client = Client.open(url, stac_io=_connection(access))
             search = client.search(**arguments)
         yield from _bounded(location, search.items_as_dicts())
     except ArchiveError:
@@ -68,15 +66,12 @@ def search_items(location: str, access: Access) -> Iterator[Any]:
         raise ArchiveError(
             f"{url} does not answer a STAC search: {reason_of(error)}; check the address"
         ) from None
-    finally:
-        connection.session.close()
 
 
 def _connection(access: Access) -> Any:
     """What the client reads through: only allowed addresses, no local files, no redirects."""
     from pystac.link import Link
     from pystac_client.stac_api_io import StacApiIO
-    from urllib3 import Retry
 
     class Checked(StacApiIO):
         def read_text(self, source: Any, *args: Any, **kwargs: Any) -> str:
@@ -85,16 +80,32 @@ def _connection(access: Access) -> Any:
                 raise SceneError(f"its search leads to {str(source)[:200]!a}; expected a URL")
             return super().read_text(source, *args, **kwargs)
 
-        def request(self, href: str, method: str | None = None, *args: Any, **kwargs: Any) -> str:
+        def request(
+            self,
+            href: str,
+            method: str | None = None,
+            headers: dict[str, str] | None = None,
+            parameters: dict[str, Any] | None = None,
+        ) -> str:
             check_allowed(href, access)
-            if (method or "GET").upper() not in ("GET", "POST"):
-                raise SceneError(f"its search asks for the method {method!a:.20}; expected POST")
-            return super().request(href, method, *args, **kwargs)
+            question = _question(href, (method or "GET").upper(), headers or {}, parameters or {})
+            return ask(question, access).data.decode()
 
-    retries = Retry(_RETRIES, backoff_factor=0.2, status_forcelist=_BUSY, allowed_methods=None)
-    connection = Checked(max_retries=retries)
-    connection.session.max_redirects = 0
-    return connection
+    return Checked()
+
+
+def _question(
+    href: str, method: str, headers: dict[str, str], parameters: dict[str, Any]
+) -> Question:
+    if method not in ("GET", "POST"):
+        raise SceneError(f"its search asks for the method {method!a:.20}; expected POST")
+    if method == "GET":
+        query = urlencode({k: v for k, v in parameters.items() if v is not None}, doseq=True)
+        href += f"{'&' if '?' in href else '?'}{query}" if query else ""
+        return Question(href, headers=tuple(headers.items()))
+    kind = {"Content-Type": "application/json"}
+    body = json.dumps(parameters).encode()
+    return Question(href, method=method, headers=tuple({**headers, **kind}.items()), body=body)
 
 
 def _argument(location: str, name: str, value: str) -> Any:

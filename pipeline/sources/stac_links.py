@@ -11,22 +11,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn
 from urllib.parse import unquote, urlsplit
 
-import fsspec
-
 from pipeline.errors import SceneError
-from pipeline.locations import (
-    SCHEMES,
-    check_allowed,
-    file_fingerprint,
-    is_url,
-    join,
-    reason_of,
-    signed,
-)
+from pipeline.fetch.files import fingerprint, read_bytes
+from pipeline.locations import SCHEMES, check_allowed, is_url, join, reason_of
+from pipeline.readers.gates import read_regular, refuse_large_document
 from pipeline.readers.rasters import DRIVERS
 from pipeline.scenes import Access
 
-MAX_DOCUMENT_BYTES = 2**30
 # What a file gets as fingerprint while it does not exist.
 ABSENT = "absent"
 _MAX_HREF_CHARACTERS = 4096
@@ -118,9 +109,10 @@ def is_remote(location: str) -> bool:
 def read_json(location: str, access: Access) -> Any:
     """The content of a JSON document; SceneError where there is none that can be read.
 
-    The caller has checked that it may be opened. Servers that send one elsewhere are not followed.
+    Servers that send one elsewhere are not followed.
     """
     content = _read_bytes(location, access)
+    refuse_large_document(content, access.max_block_bytes, location)
     try:
         return json.loads(content)
     except RecursionError:
@@ -131,39 +123,30 @@ def read_json(location: str, access: Access) -> Any:
         ) from None
 
 
-def open_binary(location: str, access: Access) -> Any:
-    """A local or remote file to read from, as a context. Raises whatever its file system does."""
-    address = signed(location, access)
-    if not is_url(address):
-        return Path(address).open("rb")
-    options = {"allow_redirects": False} if address.startswith(("http:", "https:")) else {}
-    return fsspec.open(address, "rb", **options)
-
-
 def fingerprint_of(location: str, access: Access) -> str:
     """Size and date of a document, or that there is none."""
     try:
-        return file_fingerprint(signed(location, access))
-    except ImportError:
-        raise
-    except Exception:
-        # Whatever a remote file system raises: there is nothing to read.
+        return fingerprint(location, access)
+    except (OSError, SceneError):
+        # There is nothing to read, as whoever tries to will say.
         return ABSENT
 
 
 def _read_bytes(location: str, access: Access) -> bytes:
+    most = access.max_block_bytes
     try:
-        with open_binary(location, access) as file:
-            content = bytes(file.read(MAX_DOCUMENT_BYTES + 1))
-    except ImportError:
-        raise
-    except Exception as error:
+        if is_url(location):
+            return read_bytes(location, access, most)
+        return read_regular(location, most, "run.max_block_bytes")
+    except SceneError as error:
+        if " bytes; expected at most " in str(error):
+            raise SceneError(
+                f"{location} has more bytes than run.max_block_bytes {most}; raise that, or give such a "
+                "catalogue as stac-geoparquet"
+            ) from None
+        raise SceneError(str(error) if is_url(location) else f"{location} {error}") from None
+    except OSError as error:
         raise SceneError(f"{location} cannot be read: {reason_of(error)}") from None
-    if len(content) > MAX_DOCUMENT_BYTES:
-        raise SceneError(
-            f"{location} has more than {MAX_DOCUMENT_BYTES} bytes; give such a catalogue as stac-geoparquet"
-        )
-    return content
 
 
 def _checked_text(href: Any) -> str:

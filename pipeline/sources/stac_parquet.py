@@ -13,7 +13,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.errors import ArchiveError
+from pipeline.errors import ArchiveError, SceneError
+from pipeline.fetch.files import open_file
+from pipeline.readers.gates import refuse_wide_rows
 from pipeline.scenes import Access
 from pipeline.sources.stac_facts import (
     BAND_FIELDS,
@@ -24,7 +26,6 @@ from pipeline.sources.stac_facts import (
 )
 from pipeline.sources.stac_grids import GRID_FIELDS
 from pipeline.sources.stac_items import PROPERTY_FIELDS
-from pipeline.sources.stac_links import open_binary
 
 BATCH_ROWS = 2000
 _ASSET_FIELDS = (*FILE_FIELDS, *GRID_FIELDS, *SHARED_FIELDS)
@@ -36,13 +37,16 @@ def parquet_items(location: str, access: Access) -> Iterator[dict[str, Any]]:
     Raises ArchiveError for a file that is no such table. The caller has checked that it may be opened.
     """
     try:
-        with open_binary(location, access) as source:
+        with open_file(location, access) as source:
             table = pq.ParquetFile(source)
             columns = _columns(location, table)
+            refuse_wide_rows(table.metadata, set(columns), BATCH_ROWS, access.max_block_bytes)
             for batch in table.iter_batches(batch_size=BATCH_ROWS, columns=columns):
                 yield from _items(batch)
     except (ImportError, ArchiveError):
         raise
+    except SceneError as error:
+        raise ArchiveError(f"{location} {error}") from None
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise ArchiveError(f"{location} cannot be read as stac-geoparquet: {reason}") from None

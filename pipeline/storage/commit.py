@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from pipeline.errors import IntegrityError, StoreError
+from pipeline.errors import IntegrityError, LockedError, StoreError
 from pipeline.settings.canonical import canonical_json, plain
 from pipeline.storage.objects import Objects, entry
 
@@ -81,11 +81,28 @@ def decode(content: bytes) -> Commit:
         fields.pop("sha256")
         batches = tuple(Batch(**batch) for batch in fields.pop("batches"))
         commit = Commit(**fields, batches=batches)
-        if commit.encode() == content:
-            return commit
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        same = commit.encode() == content
+        _check_kinds(commit)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError("no commit") from error
-    raise ValueError("its checksum does not match")
+    if not same:
+        raise ValueError("its checksum does not match")
+    return commit
+
+
+def _check_kinds(commit: Commit) -> None:
+    """Raise ValueError, KeyError or TypeError unless numbers are numbers and objects are named."""
+    made = [entry for names in commit.partitions.values() for entry in names.values()]
+    ledgers = [ledger for entry in made for ledger in entry["ledgers"]]
+    with_path = [commit.manifest, *(batch.ledger for batch in commit.batches), *ledgers]
+    numbers = [commit.number, *(ledger["batch"] for ledger in ledgers)]
+    numbers += [n for b in commit.batches for n in (b.number, b.first_shard, b.num_shards)]
+    texts = [what["path"] for what in with_path]
+    for what in (*with_path, *commit.metadata.values()):
+        numbers.append(what["bytes"])
+        texts.append(what["sha256"])
+    if not all(type(n) is int for n in numbers) or not all(type(t) is str for t in texts):
+        raise ValueError("no commit")
 
 
 def commit_name(number: int) -> str:
@@ -100,9 +117,14 @@ def read_commit(objects: Objects, number: int | None = None) -> Commit | None:
     """
     name = COMMIT if number is None else commit_name(number)
     try:
-        return decode(objects.read(name))
+        content = objects.read(name)
     except (FileNotFoundError, NotADirectoryError):
+        # The first one alone may be there: its writer was stopped just before it became visible.
+        if number is None and objects.size(commit_name(2)) is not None:
+            raise IntegrityError(f"{objects.location}/{name} is missing; {MEND}") from None
         return None
+    try:
+        return decode(content)
     except ValueError as error:
         raise IntegrityError(
             f"{objects.location}/{name} is not a commit ({error}); {MEND}"
@@ -110,10 +132,28 @@ def read_commit(objects: Objects, number: int | None = None) -> Commit | None:
 
 
 def write_commit(objects: Objects, commit: Commit, before: Commit | None) -> None:
-    """Make a commit visible to readers, in one atomic step; everything it names is durable already."""
-    content = commit.encode()
-    objects.write(commit_name(commit.number), content)
-    objects.swap(COMMIT, content, None if before is None else before.encode())
+    """Make a commit visible to readers, in one atomic step; everything it names is durable already.
+
+    Raises LockedError, and changes nothing, where another process made a commit since `before`.
+    """
+    content, seen = commit.encode(), None if before is None else before.encode()
+    name = commit_name(commit.number)
+    # What a crash left under the number is replaced, but not what another process commits meanwhile.
+    left = _content(objects, name)
+    if _content(objects, COMMIT) != seen:
+        raise LockedError(
+            f"{objects.location}/{COMMIT} was written by another process meanwhile; run the same command "
+            "again"
+        )
+    objects.swap(name, content, left)
+    objects.swap(COMMIT, content, seen)
+
+
+def _content(objects: Objects, name: str) -> bytes | None:
+    try:
+        return objects.read(name)
+    except FileNotFoundError:
+        return None
 
 
 def all_commits(objects: Objects) -> Iterator[Commit]:
@@ -137,7 +177,7 @@ def read_named(objects: Objects, what: dict[str, Any]) -> bytes:
     """The object a commit names by `path`; IntegrityError if it is lost or another one."""
     try:
         content = objects.read(what["path"])
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         content = None
     if content is None or hashlib.sha256(content).hexdigest() != what["sha256"]:
         found = "is missing" if content is None else "differs from what was committed"

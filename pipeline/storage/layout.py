@@ -1,8 +1,8 @@
-"""The layout of a store, and how its objects are written: the writing half of docs/format.md.
+"""The layout of a store: which arrays there are, and their metadata.
 
 A store is a Zarr v3 group. `StoreLayout` derives every array's shape, chunks, codecs and dimension
-names from a few numbers; `metadata_objects` describes them to others, `encode_shard` turns one block
-of one array into the bytes of one object. `pipeline.store` reads what has been committed.
+names from a few numbers; `metadata_objects` describes them to others, `pipeline.storage.sharding` writes
+their objects and `pipeline.store` reads what has been committed.
 """
 
 import json
@@ -14,7 +14,6 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-import tensorstore as ts
 import zarr
 from zarr.codecs import BloscCodec, Crc32cCodec
 from zarr.errors import ZarrUserWarning
@@ -22,7 +21,6 @@ from zarr.storage import MemoryStore
 
 from pipeline.grid import BaseGrid
 from pipeline.settings.canonical import plain
-from pipeline.storage.objects import Objects
 from pipeline.storage.partitions import DEFAULT_PARTITION, partition_path
 
 FORMAT_NAME = "aptile"
@@ -33,7 +31,7 @@ ROOT_METADATA = "zarr.json"
 FRAME_COUNTS = ("num_valid", "num_cloud", "num_nodata", "num_cells")
 # Illegal as a scale, so that a row nobody wrote cannot pass for a leaf.
 NO_LEAF = 0xFF
-_CODECS: dict[str, dict[str, Any]] = {
+BLOSC: dict[str, dict[str, Any]] = {
     "lz4": {"cname": "lz4", "clevel": 5, "shuffle": "shuffle"},
     "zstd": {"cname": "zstd", "clevel": 1, "shuffle": "bitshuffle"},
 }
@@ -234,43 +232,5 @@ def _create(root: zarr.Group, name: str, spec: ArraySpec, codec: str) -> None:
     )
 
 
-def write_shard(
-    objects: Objects,
-    arrays: dict[str, ArraySpec],
-    codec: str,
-    shard: int,
-    blocks: dict[str, np.ndarray],
-) -> dict[str, Any]:
-    """Write one shard of some arrays durably: the objects, by path, for the ledger.
-
-    `blocks` holds the values of the whole shard by array name, and is emptied on the way.
-    """
-    written = {}
-    for name, spec in arrays.items():
-        content = encode_shard(array_metadata(spec, codec), blocks.pop(name))
-        if content is not None:
-            object_name = f"{name}/{spec.shard_key(shard)}"
-            written[object_name] = objects.write(object_name, content)
-    return written
-
-
-def encode_shard(metadata: dict[str, Any], block: np.ndarray) -> bytes | None:
-    """The object that holds `block`, the values of one whole shard; None if all are fill value.
-
-    The same values give the same bytes, whoever encodes them and whenever.
-    """
-    one_shard = {**metadata, "shape": list(block.shape)}
-    array = ts.open(
-        {"driver": "zarr3", "kvstore": "memory://", "metadata": one_shard},
-        create=True,
-        context=ts.Context({"data_copy_concurrency": {"limit": 1}}),
-    ).result()
-    array[...].write(block).result()
-    key = "/".join(["c", *["0"] * block.ndim])
-    assert array.kvstore is not None
-    stored = array.kvstore.read(key).result()
-    return bytes(stored.value) if stored.state == "value" else None
-
-
 def _compressors(codec: str, dtype: np.dtype[Any]) -> list[Any]:
-    return [BloscCodec(**_CODECS[codec], typesize=dtype.itemsize, blocksize=0), Crc32cCodec()]
+    return [BloscCodec(**BLOSC[codec], typesize=dtype.itemsize, blocksize=0), Crc32cCodec()]

@@ -9,18 +9,35 @@ import errno
 import hashlib
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
-from pipeline.errors import LockedError, NoSpaceError, StoreError
-from pipeline.locations import is_url
+from pipeline.errors import IntegrityError, LockedError, NoSpaceError, StoreError
 
 PARTIAL_SUFFIX = ".partial"
 Location = str | Path
+Contents = Mapping[str, Sequence[bytes]]
 
 
-class Objects(Protocol):
+class Writer(Protocol):
+    """Where objects are written to."""
+
+    def write(self, name: str, content: bytes) -> dict[str, Any]:
+        """Write a whole object durably and atomically; its `bytes` and `sha256`.
+
+        Raises StoreError, which names the bytes needed, where that fails; what was there stays.
+        """
+
+    def write_all(self, contents: Contents) -> dict[str, dict[str, Any]]:
+        """Write whole objects, given in pieces by name, as `write` does; what is known of each.
+
+        In no order, and where one cannot be written others may have been.
+        """
+
+
+class Objects(Writer, Protocol):
     """Objects below one location. Names are relative, with slashes, and never lead upwards."""
 
     location: str
@@ -31,17 +48,17 @@ class Objects(Protocol):
     def size(self, name: str) -> int | None:
         """Bytes of an object; None if there is none."""
 
+    def digest(self, name: str) -> dict[str, Any] | None:
+        """An object's `bytes` and `sha256`, read piece by piece; None if there is none."""
+
     def names(self, below: str = "") -> Iterator[str]:
         """Names of all objects below a folder, in no order; leftovers of killed writers left out."""
 
     def modified(self, name: str) -> float:
         """Seconds since 1970 when an object was written; FileNotFoundError if there is none."""
 
-    def write(self, name: str, content: bytes | memoryview) -> dict[str, Any]:
-        """Write a whole object durably and atomically; its `bytes` and `sha256`.
-
-        Raises StoreError, which names the bytes needed, where that fails; what was there stays.
-        """
+    def sizes(self, names: Collection[str]) -> dict[str, int]:
+        """Bytes of many objects by name, looked at beside each other; those that are not there left out."""
 
     def swap(self, name: str, content: bytes, seen: bytes | None) -> None:
         """Write an object if its content is still `seen` (None: if there is none), in one atomic step.
@@ -67,11 +84,10 @@ class Objects(Protocol):
 
 def objects_at(location: Location) -> Objects:
     """The objects of a store at a local path or URL."""
-    text = str(location)
-    if isinstance(location, str) and is_url(text):
+    if isinstance(location, str) and "://" in location:
         from pipeline.storage.buckets import BucketObjects  # obstore is an extra
 
-        return BucketObjects(text)
+        return BucketObjects(location)
     return LocalObjects(Path(location))
 
 
@@ -80,9 +96,25 @@ def absolute(objects: Objects) -> str:
     return str(objects.folder) if isinstance(objects, LocalObjects) else objects.location
 
 
-def entry(content: bytes | memoryview) -> dict[str, Any]:
+def entry(content: bytes) -> dict[str, Any]:
     """How a ledger or commit names an object's content."""
     return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def check_name(location: str, name: object) -> str:
+    """A name that came out of a store; IntegrityError for one that leads out of it, or is none."""
+    if (
+        not isinstance(name, str)
+        or not name
+        or name[0] == "/"
+        or "\0" in name
+        or (".." in name and ".." in name.split("/"))
+    ):
+        raise IntegrityError(
+            f"{location}: an object is named {name!r:.80}, which is no name below the store; the store is "
+            "damaged or forged, preprocess the archive into a new one"
+        )
+    return name
 
 
 class LocalObjects:
@@ -91,14 +123,24 @@ class LocalObjects:
     def __init__(self, folder: Path) -> None:
         self.folder = folder.resolve()
         self.location = str(folder)
+        self._prefix = f"{self.folder}/"
 
     def read(self, name: str) -> bytes:
-        return (self.folder / name).read_bytes()
+        return self._path(name).read_bytes()
 
     def size(self, name: str) -> int | None:
         try:
-            return os.stat(f"{self.folder}/{name}").st_size  # noqa: PTH116 (called for every object)
+            path = self._prefix + check_name(self.location, name)
+            return os.stat(path).st_size  # noqa: PTH116 (called for every object)
         except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def digest(self, name: str) -> dict[str, Any] | None:
+        try:
+            with self._path(name).open("rb") as file:
+                found = hashlib.file_digest(file, "sha256")
+                return {"bytes": file.tell(), "sha256": found.hexdigest()}
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             return None
 
     def names(self, below: str = "") -> Iterator[str]:
@@ -108,21 +150,38 @@ class LocalObjects:
             yield from (f"{prefix}{file}" for file in files if not file.endswith(PARTIAL_SUFFIX))
 
     def modified(self, name: str) -> float:
-        return (self.folder / name).stat().st_mtime
+        return self._path(name).stat().st_mtime
 
-    def write(self, name: str, content: bytes | memoryview) -> dict[str, Any]:
-        path = self.folder / name
-        partial = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL_SUFFIX}")
+    def sizes(self, names: Collection[str]) -> dict[str, int]:
+        return {name: size for name in names if (size := self.size(name)) is not None}
+
+    def write(self, name: str, content: bytes) -> dict[str, Any]:
+        return self.write_all({name: [content]})[name]
+
+    def write_all(self, contents: Contents) -> dict[str, dict[str, Any]]:
+        # All are written before the first is synced, and all are synced before the first gets its name: the
+        # disk is waited for once.
+        sums, partials, folders, name = {}, dict[str, Path](), dict[Path, None](), ""
         try:
-            make_folders(path.parent)
-            _write_synced(partial, content)
-            _rename(partial, path)
-            _sync_folder(path.parent)
+            with ExitStack() as stack:
+                for name, pieces in contents.items():
+                    path = self._path(name)
+                    folders |= dict.fromkeys(_make_folders(path.parent))
+                    partials[name] = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL_SUFFIX}")
+                    file = stack.enter_context(partials[name].open("wb"))
+                    sums[name] = _write_pieces(file, pieces)
+                    stack.callback(_sync, file.fileno())
+            for name, partial in partials.items():
+                _rename(partial, self.folder / name)
+            for folder in folders:
+                _sync_folder(folder)
         except OSError as error:
-            with contextlib.suppress(OSError):
-                partial.unlink(missing_ok=True)
-            raise _unwritten(f"{path}: cannot write {len(content)} bytes", error) from None
-        return entry(content)
+            for partial in partials.values():
+                with contextlib.suppress(OSError):
+                    partial.unlink(missing_ok=True)
+            what = f"{self.folder / name}: cannot write {_size(contents[name])} bytes"
+            raise _unwritten(what, error) from None
+        return {name: {"bytes": _size(contents[name]), "sha256": sums[name]} for name in contents}
 
     def swap(self, name: str, content: bytes, seen: bytes | None) -> None:
         # Between looking and writing nobody else writes: the holder of the lock alone swaps.
@@ -134,7 +193,7 @@ class LocalObjects:
         self.write(name, content)
 
     def append(self, log: str, rows: bytes) -> None:
-        path = self.folder / log
+        path = self._path(log)
         try:
             with path.open("r+b") as file:
                 # A torn line of an earlier crash would swallow the next one.
@@ -154,7 +213,7 @@ class LocalObjects:
 
     def remove(self, names: Iterable[str]) -> None:
         for name in names:
-            (self.folder / name).unlink(missing_ok=True)
+            self._path(name).unlink(missing_ok=True)
 
     def sweep(self) -> None:
         for folder, _, files in os.walk(self.folder):
@@ -164,6 +223,9 @@ class LocalObjects:
 
     def clear(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _path(self, name: str) -> Path:
+        return self.folder / check_name(self.location, name)
 
 
 def _unwritten(what: str, error: OSError) -> StoreError:
@@ -177,20 +239,34 @@ def _unwritten(what: str, error: OSError) -> StoreError:
     )
 
 
-def make_folders(folder: Path) -> None:
+def make_folder(folder: Path) -> None:
     """Make a folder and those above it, durably."""
-    if not folder.exists():
-        make_folders(folder.parent)
-        folder.mkdir(exist_ok=True)
-        _sync_folder(folder.parent)
+    for changed in _make_folders(folder):
+        _sync_folder(changed)
 
 
-def _write_synced(path: Path, content: bytes | memoryview) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        # Else less than a buffer full is handed to the system after the sync.
-        file.flush()
-        _sync(file.fileno())
+def _write_pieces(file: BinaryIO, pieces: Sequence[bytes]) -> str:
+    """Write pieces one after another, out of the user's hands; their sha256."""
+    digest = hashlib.sha256()
+    for piece in pieces:
+        # Hashed while the processor's cache still holds it.
+        digest.update(piece)
+        file.write(piece)
+    file.flush()
+    return digest.hexdigest()
+
+
+def _size(pieces: Sequence[bytes]) -> int:
+    return sum(map(len, pieces))
+
+
+def _make_folders(folder: Path) -> list[Path]:
+    """Make a folder; those whose content changes by it and by what is put into it."""
+    changed = [folder]
+    while not changed[-1].exists():
+        changed.append(changed[-1].parent)
+    folder.mkdir(parents=True, exist_ok=True)
+    return changed
 
 
 def _whole_lines(path: Path) -> int:

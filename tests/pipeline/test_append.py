@@ -1,3 +1,4 @@
+import json
 import shutil
 
 import numpy as np
@@ -314,8 +315,8 @@ def test_the_command_line_appends_lists_commits_and_reads_earlier_ones(archive, 
     assert [line.split()[0] for line in lines] == ["commit", "1", "2"]
     assert "preprocess" in lines[1]
     assert "append" in lines[2]
-    assert aptile("inspect", store, "--commit", 1) == 0
-    assert capsys.readouterr().out.splitlines()[1].split() == ["tiles", "24"]
+    assert aptile("inspect", store, "--commit", 1, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["tiles"] == 24
     assert aptile("inspect", store, "--commit", 3) == 2
     assert "no commit 3; there are 1 to 2, see `aptile log`" in capsys.readouterr().err
     assert aptile("preprocess", archive, store, *options, "--retry-quarantined") == 2

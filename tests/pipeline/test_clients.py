@@ -13,8 +13,9 @@ from dask_processes import dask_processes
 from pipeline.errors import ConfigError, StoreError
 from pipeline.jobs import clients
 from pipeline.jobs.clients import client_of, security_of
-from pipeline.jobs.hosts import WORKER_ENVIRONMENT, local_paths, require_seen
+from pipeline.jobs.hosts import local_paths, require_seen
 from pipeline.jobs.job import run_job
+from pipeline.jobs.process import ENVIRONMENT
 from pipeline.jobs.queues import batch_cluster, cluster_of, cluster_spec
 from pipeline.settings.cluster import (
     BatchConfig,
@@ -147,7 +148,7 @@ def test_local_workers_have_the_memory_and_threads_they_are_given():
         (facts,) = client.scheduler_info(n_workers=-1)["workers"].values()
         (environment,) = client.run(lambda: dict(os.environ)).values()
     assert (facts["memory_limit"], facts["nthreads"]) == (1.5 * 2**30, 1)
-    assert WORKER_ENVIRONMENT.items() <= environment.items()
+    assert ENVIRONMENT.items() <= environment.items()
 
 
 # Versions and files of workers elsewhere
@@ -381,7 +382,7 @@ def test_job_scripts_say_what_was_configured(kind):
     with batch_cluster(batch_config(kind)) as cluster:
         lines = re.sub(r"tcp://\S+", "tcp://SCHEDULER", cluster.job_script()).splitlines()
         worker_ttl = cluster.scheduler.worker_ttl
-    exports = [f"export {name}={value}" for name, value in WORKER_ENVIRONMENT.items()]
+    exports = [f"export {name}={value}" for name, value in ENVIRONMENT.items()]
     expected = [line.strip() for line in GOLDEN[kind].strip().splitlines()]
     assert [line for line in lines if line] == [
         "#!/usr/bin/env bash", *expected, *exports, "module load gdal", WORKER,
@@ -504,7 +505,7 @@ def test_pods_are_what_was_configured():
     assert container["resources"] == {"requests": amounts, "limits": amounts}
     environment = {entry["name"]: entry["value"] for entry in container["env"]}
     assert environment == {
-        **WORKER_ENVIRONMENT,
+        **ENVIRONMENT,
         "DASK_DISTRIBUTED__SCHEDULER__WORKER_TTL": "60s",
         "AWS_REGION": "eu-central-1",
     }

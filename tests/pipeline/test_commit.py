@@ -1,3 +1,4 @@
+import hashlib
 import json
 from dataclasses import replace
 
@@ -137,6 +138,24 @@ def test_an_object_that_cannot_be_written_leaves_nothing(objects):
     with pytest.raises(StoreError, match="cannot write 3 bytes"):
         objects.write("object", b"new")
     assert [p.name for p in objects.folder.iterdir()] == ["object"]
+
+
+def test_objects_of_a_shard_are_written_together(objects):
+    written = objects.write_all({"a/c/0": [b"one", b"", b"two"], "b/c/0/0": [b"three"]})
+    assert objects.read("a/c/0") == b"onetwo"
+    assert objects.read("b/c/0/0") == b"three"
+    assert written["a/c/0"] == {"bytes": 6, "sha256": hashlib.sha256(b"onetwo").hexdigest()}
+    assert sorted(objects.names()) == ["a/c/0", "b/c/0/0"]
+
+
+@pytest.mark.parametrize("stands_in_the_way", ["first", "second", "third"])
+def test_no_object_is_left_half_written(objects, stands_in_the_way):
+    (objects.folder / stands_in_the_way / "folder").mkdir(parents=True)
+    contents = {"first": [b"1"], "second": [b"22"], "third": [b"333"]}
+    with pytest.raises(StoreError, match=f"{stands_in_the_way}: cannot write [123] bytes"):
+        objects.write_all(contents)
+    for path in objects.folder.iterdir():
+        assert path.is_dir() or [path.read_bytes()] == contents[path.name]
 
 
 def test_what_killed_writers_left_is_no_object_and_is_swept(objects):

@@ -52,7 +52,7 @@ def hold(counts: dict[str, dict]) -> None:
             f"{name}: {found['steps']} points, {found['tried']} tried: {seen.get('old', 0)} old, "
             f"{seen.get('new', 0)} new, {converged} converged"
         )
-        print(counts_in_words)  # noqa: T201 (counts of a fault test)
+        print(counts_in_words)
     for found in counts.values():
         assert found["failures"] == []
         assert found["seen"].keys() == {"old", "new"}

@@ -95,7 +95,7 @@ def disturbed_job(
         report = run(archive, store, Disturbing(events), f"run.scheduler={address}")
         left = addresses(client)
     assert killed.wait() == -signal.SIGKILL
-    print(f"{report.shards} shards; 1 worker killed, 1 cut off, 1 joined; {len(left)} left")  # noqa: T201 (counts of a fault test)
+    print(f"{report.shards} shards; 1 worker killed, 1 cut off, 1 joined; {len(left)} left")
     assert left - known
     assert report.shards_written == report.shards == 30
     return silent
@@ -106,7 +106,7 @@ def assert_same_store(undisturbed: Path, store: Path) -> None:
     left = list(store.rglob("*.partial"))
     for path in left:
         path.unlink()
-    print(f"{len(left)} half-written files left")  # noqa: T201 (counts of a fault test)
+    print(f"{len(left)} half-written files left")
     assert len(left) <= 2
     assert_same_bytes(undisturbed, store)
 

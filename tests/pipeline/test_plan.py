@@ -1,4 +1,5 @@
 import itertools
+import pickle
 
 import numpy as np
 import pytest
@@ -91,6 +92,46 @@ def test_every_frame_has_a_slot_of_its_own_in_its_tiles_shard(places, shard_tile
             assert set(found) == expected
             # A tile's frames are neighbours, in the order of time.
             assert found == sorted(found, key=lambda f: (f[0], f[1]))
+
+
+alike = st.tuples(st.sampled_from([40, 100]), st.sampled_from([60, 90]), st.sampled_from([16, 64]))
+
+
+@given(st.lists(st.tuples(alike, st.integers(1, 3)), min_size=1, max_size=8), st.integers(1, 20))
+def test_places_that_are_alike_have_the_tiles_and_frames_of_each_alone(places, shard_tiles):
+    settings = config(store={"tile_size_px": 16, "shard_tiles": shard_tiles})
+    scenes = [
+        header(f"{number}-{day}", grid=Grid(height, width, None, None), block=(block, block),
+               place=f"p{number}", datetime=f"2020-01-{day:02}T00:00:00Z")
+        for number, ((height, width, block), days) in enumerate(places)
+        for day in range(1, days + 1)
+    ]  # fmt: skip
+    plan = plan_of(settings, {"image": scenes})
+    for number, ((height, width, block), _) in enumerate(places):
+        own = plan.tiles[plan.tiles["stack"] == number]
+        order = tile_order(height, width, 16, (block, block))
+        assert np.array_equal(np.stack([own["row"], own["col"]], axis=1), order)
+    assert (np.diff(plan.tiles["stack"]) >= 0).all()
+    whole = plan.frames("image", range(len(plan.tiles)))
+    parts = [plan.frames("image", plan.tile_range(shard)) for shard in plan.shards]
+    assert whole.tobytes() == b"".join(part.tobytes() for part in parts)
+
+
+def travelled(thing):
+    return pickle.loads(pickle.dumps(thing))  # noqa: S301 (what this very line made)
+
+
+@given(st.builds(Scene))
+def test_scenes_travel_whole(scene):
+    assert repr(travelled(scene)) == repr(scene)
+
+
+def test_what_scenes_share_travels_once():
+    shared = utm(300, 500)
+    first, second = (header(name, grid=shared) for name in "ab")
+    first, second = travelled((first, second))
+    assert first.assets[0].grid is second.assets[0].grid
+    assert first.assets[0].grid == shared
 
 
 def test_shards_are_of_equal_size():

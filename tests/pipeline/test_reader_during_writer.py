@@ -93,7 +93,7 @@ def read_while_it_grows(tmp_path: Path, number: int) -> None:
         assert state(open_store(store, commit=commit)) == expected[commit]
     assert_same_bytes(store, tmp_path / "undisturbed")
     assert len(seen) > 1
-    print(  # noqa: T201 (counts of a fault test)
+    print(
         f"{reader.opened} times opened, {reader.reads} reads, {len(seen)} of {last} commits seen newest, "
         f"{len(reader.pinned)} kept"
     )

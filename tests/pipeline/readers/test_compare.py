@@ -198,18 +198,22 @@ def test_every_kind_of_checksum(tmp_path: Path, monkeypatch, prefix, name, size)
     file, content = tmp_path / "x.tif", bytes(range(256)) * 4
     file.write_bytes(content[:size])
     digest = hashlib.new(name, content[:size]).hexdigest()
-    verify_checksum(str(file), prefix + digest)
-    verify_checksum(str(file), (prefix + digest).upper())
+    verify_checksum(str(file), prefix + digest, Access((str(tmp_path),)))
+    verify_checksum(str(file), (prefix + digest).upper(), Access((str(tmp_path),)))
     file.write_bytes(content[:size] + b"x")
     with pytest.raises(SceneError, match=f"in its file, {prefix}{digest} in its catalogue"):
-        verify_checksum(str(file), prefix + digest)
+        verify_checksum(str(file), prefix + digest, Access((str(tmp_path),)))
 
 
 def test_the_examples_of_the_file_extension(tmp_path: Path):
     (tmp_path / "x").write_text("test")
-    verify_checksum(str(tmp_path / "x"), "1114a94a8fe5ccb19ba61c4c0873d391e987982fbbd3")
+    verify_checksum(
+        str(tmp_path / "x"),
+        "1114a94a8fe5ccb19ba61c4c0873d391e987982fbbd3",
+        Access((str(tmp_path),)),
+    )
     known = "12209f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"
-    verify_checksum(str(tmp_path / "x"), known)
+    verify_checksum(str(tmp_path / "x"), known, Access((str(tmp_path),)))
 
 
 @pytest.mark.parametrize(
@@ -222,9 +226,9 @@ def test_the_examples_of_the_file_extension(tmp_path: Path):
 def test_checksums_of_unknown_kind(tmp_path: Path, checksum):
     (tmp_path / "x").write_text("test")
     with pytest.raises(SceneError, match=r"is no known multihash; expected .*1220 \(sha256\)"):
-        verify_checksum(str(tmp_path / "x"), checksum)
+        verify_checksum(str(tmp_path / "x"), checksum, Access((str(tmp_path),)))
 
 
 def test_a_file_that_is_gone(tmp_path: Path):
     with pytest.raises(SceneError, match="cannot be read"):
-        verify_checksum(str(tmp_path / "x"), "1220" + "0" * 64)
+        verify_checksum(str(tmp_path / "x"), "1220" + "0" * 64, Access((str(tmp_path),)))

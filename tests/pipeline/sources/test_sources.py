@@ -1,20 +1,17 @@
 import re
-import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import fsspec
 import numpy as np
 import pytest
-from fsspec.implementations.memory import MemoryFileSystem
 
-from pipeline.errors import ArchiveError, ConfigError, SceneError
-from pipeline.locations import file_fingerprint
-from pipeline.readers.rasters import read_header
+from buckets import s3_bucket
+from pipeline.errors import ArchiveError, ConfigError
+from pipeline.fetch.files import fingerprint
 from pipeline.scenes import Listing
 from pipeline.settings.modality import ModalityConfig
-from pipeline.settings.run import RunConfig
+from pipeline.settings.run import RetriesConfig, RunConfig
 from pipeline.sources import archive_access, cube, folder, list_scenes, source_files, stac
 from support import save_scene
 
@@ -23,7 +20,8 @@ MODALITY = ModalityConfig()
 
 
 def listed(archive: Path | str, **modality) -> Listing:
-    config, access = ModalityConfig(**modality), archive_access(str(archive), RunConfig())
+    run = RunConfig(retries=RetriesConfig(attempts=1))
+    config, access = ModalityConfig(**modality), archive_access(str(archive), run)
     listing = list_scenes(str(archive), config, access)
     assert source_files(str(archive), config, access) == listing.files
     return listing
@@ -114,7 +112,7 @@ def test_a_source_needs_a_folder_as_the_archive(archive, inside):
     [
         ("/none/such", "/none/such: no such folder; give a folder of scenes, a quoted glob"),
         ("/none/such/*.tif", "/none/such: no such folder"),
-        ("http://127.0.0.1:9/folder", "cannot be listed; name one file ending in .tif.* or a STAC"),
+        ("http://127.0.0.1:9/folder", "cannot be read: tried once, at last: no connection"),
         ("https://host/*.tif", "cannot be listed"),
     ],
 )
@@ -235,66 +233,33 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch):
         list_scenes(archive, MODALITY, archive_access(archive, RunConfig()))
 
 
-class Buckets(MemoryFileSystem):
-    """Files in memory under s3://, with what a listing of a bucket says of them."""
-
-    protocol = ("s3",)
-    store: dict = {}  # noqa: RUF012
-    pseudo_dirs = [""]  # noqa: RUF012
-
-    @classmethod
-    def _strip_protocol(cls, path):
-        return super()._strip_protocol(path.removeprefix("s3://"))
-
-    def info(self, path, **options):
-        return {**super().info(path, **options), "ETag": '"tag"'}
-
-    def find(self, path, **_):
-        return {name: self.info(name) for name in super().find(path)}
-
-
 @pytest.fixture
-def bucket(monkeypatch):
-    """A folder in a bucket whose headers are those of one scene; "broken" ones cannot be read."""
-    # Put back as it was, so that no other test finds a bucket.
-    monkeypatch.setitem(sys.modules["fsspec.registry"]._registry, "s3", Buckets)
-    system = fsspec.filesystem("s3")
-    for name in ("a/x.tif", "a/broken.tif", "b/y.tif", "b/z.txt", ".c/x.tif", "d.zarr/x.tif"):
-        system.pipe(f"s3://bucket/data/{name}", name.encode())
-    yield "s3://bucket/data"
-    Buckets.store.clear()
-    Buckets.clear_instance_cache()
+def bucket(monkeypatch, tmp_path):
+    """A folder in a bucket that holds scenes, one of them broken, and other things."""
+    scene = save_scene(tmp_path / "a.tif", PIXELS).read_bytes()
+    with s3_bucket(monkeypatch) as bucket:
+        for name in ("a/x.tif", "b/y.tif", "b/z.txt", ".c/x.tif", "d.zarr/x.tif"):
+            bucket.put(f"data/{name}", scene)
+        bucket.put("data/a/broken.tif", b"broken")
+        yield f"{bucket.url}/data"
 
 
-def test_buckets_are_listed(bucket, tmp_path, monkeypatch):
-    header = read_header(
-        str(save_scene(tmp_path / "a.tif", PIXELS)), archive_access(str(tmp_path), RunConfig())
-    )
-
-    def read(href, _):
-        if "broken" in href:
-            raise SceneError("is broken")
-        return header
-
-    monkeypatch.setattr(folder, "read_header", read)
+def test_buckets_are_listed(bucket):
+    access = archive_access(bucket, RunConfig())
     listing = listed(bucket)
     assert ids(listing) == ["a/x", "b/y"]
-    assert listing.refused == {"a/broken": "is broken"}
-    assert listing.files["a/x.tif"] == file_fingerprint(f"{bucket}/a/x.tif") == "7-tag"
-    assert listing.scenes[0].assets[0].href == "s3://bucket/data/a/x.tif"
-    assert listing.scenes[0].assets[0].fingerprint == "7-tag"
+    assert "not recognized" in listing.refused["a/broken"]
+    assert listing.files["a/x.tif"] == fingerprint(f"{bucket}/a/x.tif", access)
+    assert listing.scenes[0].assets[0].href == f"{bucket}/a/x.tif"
+    assert listing.scenes[0].assets[0].fingerprint == listing.files["a/x.tif"]
     assert ids(listed(f"{bucket}/*/[xy].tif")) == ["a/x", "b/y"]
     assert ids(listed(f"{bucket}/b/y.tif")) == ["y"]
     assert ids(listed(bucket, source="b", pattern="{tile}.tif")) == ["b/y"]
 
 
-def test_a_bucket_that_cannot_be_listed(bucket, monkeypatch):
-    def find(*_, **__):
-        raise RuntimeError("no\ncredentials")
-
-    monkeypatch.setattr(Buckets, "find", find)
-    with pytest.raises(ArchiveError, match="s3://bucket/data: cannot be listed: no credentials"):
-        listed(bucket)
+def test_a_bucket_that_cannot_be_listed(bucket):
+    with pytest.raises(ArchiveError, match="s3://absent/data.* cannot be listed: .*404 Not Found"):
+        listed("s3://absent/data/*.tif")
 
 
 @pytest.fixture

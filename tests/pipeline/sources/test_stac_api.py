@@ -5,7 +5,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -106,7 +106,7 @@ def remote(name: str, **properties: Any) -> dict[str, Any]:
 def listed(api: Api, query: str = "collections=test", path: str = "v1"):
     location = f"stac+{api.address}/{path}?{query}"
     access = access_to(api.address)
-    access = type(access)(roots=(api.address, "https://data.example"))
+    access = replace(access, roots=(api.address, "https://data.example"))
     listing = list_stac(location, "/archive", MODALITY, access)
     assert files_of(location, "/archive", MODALITY, access) == listing.files
     return listing
