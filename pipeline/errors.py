@@ -36,6 +36,10 @@ class StoreError(AptileError):
     """A store path that cannot be used for what was asked."""
 
 
+class NoSpaceError(StoreError):
+    """A disk or quota that is full; what was done stays done."""
+
+
 class IntegrityError(StoreError):
     """A store whose contents contradict each other: lost, torn, swapped or altered objects."""
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import ArchiveError, LockedError, StoreError
+from pipeline.errors import ArchiveError, LockedError, NoSpaceError, StoreError
 from pipeline.jobs.engine import run_tasks
 from pipeline.jobs.manifest import encode_manifest, manifest_name
 from pipeline.jobs.observer import Observer
@@ -30,6 +30,7 @@ from pipeline.jobs.resume import (
     new_files,
 )
 from pipeline.jobs.shard import process_shard, shard_task
+from pipeline.jobs.space import telling_space, warn_if_short
 from pipeline.planning.existing import existing_of
 from pipeline.planning.inputs import Job, NothingNewError, archive_files, plan_job, require_scenes
 from pipeline.settings.config import PreprocessConfig
@@ -43,9 +44,12 @@ from pipeline.storage.commit import (
 )
 from pipeline.storage.header import grown
 from pipeline.storage.history import History
+from pipeline.storage.layout import ROOT_METADATA
 from pipeline.storage.ledger import Ledger, ledger_name
-from pipeline.storage.lock import Held, exclusive
+from pipeline.storage.lock import LOCK, Held, exclusive, tidy
 from pipeline.storage.objects import LocalObjects, Location, Objects, absolute, objects_at
+
+Ranges = tuple[tuple[float, float], ...]
 
 
 @dataclass(frozen=True)
@@ -126,6 +130,7 @@ def run_job(
     if state.commit is not None and not append:
         _require_no_append_under_way(store, state)
         check_same_files(str(store), state.history, archive_files(archive, config))
+        tidy(objects)
         repaired = repair(archive, objects, state, config, observer)
         return _mended(_report(store, state.history, state.commit, 0), repaired, restored)
     with exclusive(objects) as lock:
@@ -165,14 +170,14 @@ def _begin(
         batch = _Batch(objects, lock, state, header, job, ledger)
         try:
             report = _complete(batch, observer)
-        except LockedError:
-            raise
+        except (LockedError, NoSpaceError):
+            raise  # another's, or begun: workers elsewhere may be writing still
         except StoreError:
             if not ledger.shards:
-                objects.clear()
+                _clear(objects)
             raise
         if report.tiles == 0:
-            objects.clear()
+            _clear(objects)
             _refuse_empty(archive, report)
         return report
 
@@ -194,11 +199,18 @@ def _nothing_left(objects: Objects, made: list[Path]) -> Iterator[Any]:
         raise  # what is there is another's
     except BaseException:
         if not kept:
-            objects.clear()
+            _clear(objects)
             for folder in made[1:]:
                 with contextlib.suppress(OSError):
                     folder.rmdir()
         raise
+
+
+def _clear(objects: Objects) -> None:
+    """Remove all of a store: what says that it is one first, the lock last, so that this can be resumed."""
+    objects.remove([ROOT_METADATA])
+    objects.remove(name for name in objects.names() if name != LOCK)
+    objects.clear()
 
 
 def _resume(
@@ -223,6 +235,7 @@ def _resume(
     check_same_choice(objects.location, ledger, job)
     report = _complete(_Batch(objects, lock, state, header, job, ledger), observer)
     if report.tiles == 0:
+        _clear(objects)
         _refuse_empty(archive, report)
     return report
 
@@ -300,28 +313,38 @@ def _complete(batch: _Batch, observer: Observer) -> JobReport:
     }
     todo = [shard for shard in plan.shards if shard not in ledger.shards]
     observer.planned(len(plan.tiles), sum(len(plan.tile_range(shard)) for shard in ledger.shards))
-    run = batch.job.config.run
-    limit = QuarantineLimit(
-        objects.location, run.max_quarantine, batch.job.num_inputs, ledger.quarantined()
-    )
-    if todo:
-        tasks = (
-            shard_task(plan, shard, absolute(objects), batch.job.access, ranges) for shard in todo
-        )
-        results = run_tasks(
-            process_shard, tasks, len(todo), run, objects.location, observer, batch.job.access.roots
-        )
-        with contextlib.closing(results) as batches:
-            for rows in batches:
-                batch.lock.check()
-                ledger.append(objects, rows)
-                for row in rows:
-                    observer.shard_done(len(plan.tile_range(row["shard"])))
-                limit.add(rows)
-                observer.quarantined(len(limit.reasons))
-    commit = _commit(batch)
+    arrays = [spec for m in plan.modalities.values() for spec in m.layout.arrays().values()]
+    warn_if_short(objects, ledger.shards.values(), len(todo), arrays)
+    with telling_space(ledger.shards.values, plan.num_shards, arrays):
+        if todo:
+            _run_shards(batch, todo, ranges, observer)
+        # Of workers that were killed, or finished late what others had done.
+        objects.sweep()
+        commit = _commit(batch)
     notes = (*batch.job.notes, *batch.job.facts.notes)
     return _report(objects.location, batch.history, commit, len(todo), notes)
+
+
+def _run_shards(
+    batch: _Batch, todo: list[int], ranges: dict[str, Ranges], observer: Observer
+) -> None:
+    objects, plan, ledger, job = batch.objects, batch.job.plan, batch.ledger, batch.job
+    run = job.config.run
+    limit = QuarantineLimit(
+        objects.location, run.max_quarantine, job.num_inputs, ledger.quarantined()
+    )
+    tasks = (shard_task(plan, shard, absolute(objects), job.access, ranges) for shard in todo)
+    results = run_tasks(
+        process_shard, tasks, len(todo), run, objects.location, observer, job.access.roots
+    )
+    with contextlib.closing(results) as batches:
+        for rows in batches:
+            batch.lock.check()
+            ledger.append(objects, rows)
+            for row in rows:
+                observer.shard_done(len(plan.tile_range(row["shard"])))
+            limit.add(rows)
+            observer.quarantined(len(limit.reasons))
 
 
 def _commit(batch: _Batch) -> Commit:

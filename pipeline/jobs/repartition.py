@@ -16,6 +16,7 @@ from pipeline.jobs.prepare import write_metadata
 from pipeline.jobs.recut import repartition_shard, repartition_task
 from pipeline.jobs.repair import Repaired
 from pipeline.jobs.repair_partition import repair_partition
+from pipeline.jobs.space import telling_space
 from pipeline.rules import (
     FurtherRule,
     check_thresholds,
@@ -30,7 +31,7 @@ from pipeline.settings.loading import validated
 from pipeline.settings.run import RunConfig
 from pipeline.storage.commit import REPARTITION, Batch, named, write_commit
 from pipeline.storage.layout import StoreLayout
-from pipeline.storage.lock import Held, exclusive
+from pipeline.storage.lock import Held, exclusive, tidy
 from pipeline.storage.objects import Location
 from pipeline.storage.partitions import PartitionLedger, check_new_name, partition_ledger_name
 from pipeline.storage.places import Places, places_of
@@ -89,6 +90,8 @@ def repartition(
             store = open_store(location)
             if _missing_batches(store, layout, name):
                 written = _complete(store, lock, layout, name, rule, run, observer)
+    else:
+        tidy(store.objects)
     _check_same_rule(name, open_store(location).partition(name, layout.modality).rule, rule)
     report = _report(location, layout, name, written)
     return replace(report, repaired=(repaired.objects, repaired.shards))
@@ -177,19 +180,28 @@ def _complete(
     todo = [shard for shard, ledger in of_shard.items() if shard not in ledger.shards]
     left = sum(len(places.shard_tiles(shard)) for shard in todo)
     observer.planned(places.num_tiles, places.num_tiles - left)
-    head = next(iter(ledgers.values())).head
-    results = _rows(store, layout, head, rule, places, todo, run, observer)
-    with contextlib.closing(results) as batches:
-        for rows in batches:
-            lock.check()
-            for ledger in ledgers.values():
-                own = [row for row in rows if of_shard[row["shard"]] is ledger]
-                ledger.append(objects, own)
-            for row in rows:
-                observer.shard_done(len(places.shard_tiles(row["shard"])))
-    lock.check()
-    _commit(store, layout, head, ledgers)
+    head, arrays = next(iter(ledgers.values())).head, layout.partition_arrays(name).values()
+    with telling_space(lambda: _rows_of(ledgers), len(of_shard), arrays):
+        results = _rows(store, layout, head, rule, places, todo, run, observer)
+        with contextlib.closing(results) as batches:
+            for rows in batches:
+                lock.check()
+                for ledger in ledgers.values():
+                    own = [row for row in rows if of_shard[row["shard"]] is ledger]
+                    if own:
+                        ledger.append(objects, own)
+                for row in rows:
+                    observer.shard_done(len(places.shard_tiles(row["shard"])))
+        lock.check()
+        # Of workers that were killed.
+        objects.sweep()
+        _commit(store, layout, head, ledgers)
     return len(todo)
+
+
+def _rows_of(ledgers: dict[int, PartitionLedger]) -> list[dict[str, Any]]:
+    """Rows of all finished shards."""
+    return [row for ledger in ledgers.values() for row in ledger.shards.values()]
 
 
 def _begun(

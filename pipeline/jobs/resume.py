@@ -20,8 +20,11 @@ from pipeline.storage.lock import LOCK
 from pipeline.storage.objects import LocalObjects, Location, Objects, objects_at
 
 Files = dict[tuple[str, str], str]
-# What there can be before a store's root metadata, which is written last, says that it is one.
-_LEFT = re.compile(rf"{re.escape(LOCK)}|ledger/000001\.jsonl|(?:[^/]+/)+zarr\.json")
+# What there can be before a store's root metadata, which is written last, says that it is one; or when all
+# of it is being removed, the root metadata first.
+_LEFT = re.compile(
+    rf"{re.escape(LOCK)}|ledger/000001\.jsonl|(?:[^/]+/)+zarr\.json|(?:[^/]+/)+c(?:/\d+)+"
+)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ condition, and the beat is all there is. No clocks are compared: who finds a loc
 """
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -22,7 +23,7 @@ from typing import Any, Protocol
 import psutil
 
 from pipeline.errors import LockedError, StoreError
-from pipeline.storage.objects import LocalObjects, Objects
+from pipeline.storage.objects import LocalObjects, Objects, make_folder
 
 LOCK = ".lock"
 # A holder beats this often, so that whoever watches can name a live one within 5 s.
@@ -100,6 +101,13 @@ def exclusive(objects: Objects) -> Iterator[Held]:
         held.release()
 
 
+def tidy(objects: Objects) -> None:
+    """Remove what a writer left that died after its commit; nothing where one is at work."""
+    if objects.size(LOCK):
+        with contextlib.suppress(StoreError), exclusive(objects):
+            objects.sweep()
+
+
 def _lock_of(objects: Objects) -> "_Lock":
     if isinstance(objects, LocalObjects):
         return _FileLock(objects.folder)
@@ -143,7 +151,7 @@ class _FileLock:
             raise
 
     def _opened(self) -> FileIO:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(self.path.parent)
         return FileIO(self.path, "a+")
 
     def _take(self, file: FileIO) -> None:
@@ -153,12 +161,15 @@ class _FileLock:
         holder = _parsed(self._content())
         if (
             holder is not None
-            and not (kernel and _same_kernel(holder))
+            # A record that is torn names nobody: its holder died while it wrote it.
+            and not (kernel and (_same_kernel(holder) or not holder["pid"]))
             and not _is_dead_here(holder)
         ):
             self._watch()
         file.truncate(0)
-        file.write(self._record)
+        if file.write(self._record) != len(self._record):
+            file.truncate(0)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         if kernel is None:
             # Two may have come this far; the one that wrote last has it.
             time.sleep(BEAT_S)

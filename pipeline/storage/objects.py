@@ -4,6 +4,8 @@ What a store promises rests on few operations: an object is written whole or not
 replaced on the condition that nobody else did, and rows are added to a log one after another.
 """
 
+import contextlib
+import errno
 import hashlib
 import os
 import shutil
@@ -12,7 +14,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
-from pipeline.errors import IntegrityError, LockedError, StoreError
+from pipeline.errors import IntegrityError, LockedError, NoSpaceError, StoreError
 
 PARTIAL_SUFFIX = ".partial"
 Location = str | Path
@@ -175,11 +177,10 @@ class LocalObjects:
                 _sync_folder(folder)
         except OSError as error:
             for partial in partials.values():
-                partial.unlink(missing_ok=True)
-            raise StoreError(
-                f"{self.folder / name}: cannot write {_size(contents[name])} bytes: {error.strerror}; free "
-                "some space or check the permissions, then run the same command again"
-            ) from None
+                with contextlib.suppress(OSError):
+                    partial.unlink(missing_ok=True)
+            what = f"{self.folder / name}: cannot write {_size(contents[name])} bytes"
+            raise _unwritten(what, error) from None
         return {name: {"bytes": _size(contents[name]), "sha256": sums[name]} for name in contents}
 
     def swap(self, name: str, content: bytes, seen: bytes | None) -> None:
@@ -199,12 +200,10 @@ class LocalObjects:
                 file.seek(_whole_lines(path))
                 file.truncate()
                 file.write(rows)
+                file.flush()
                 _sync(file.fileno())
         except OSError as error:
-            raise StoreError(
-                f"{path}: cannot add {len(rows)} bytes: {error.strerror}; free some space or check the "
-                "permissions, then run the same command again"
-            ) from None
+            raise _unwritten(f"{path}: cannot add {len(rows)} bytes", error) from None
 
     def lines(self, log: str) -> bytes:
         if self.size(log) is None:
@@ -217,14 +216,33 @@ class LocalObjects:
             self._path(name).unlink(missing_ok=True)
 
     def sweep(self) -> None:
-        for partial in self.folder.rglob(f"*{PARTIAL_SUFFIX}"):
-            partial.unlink(missing_ok=True)
+        for folder, _, files in os.walk(self.folder):
+            for file in files:
+                if file.endswith(PARTIAL_SUFFIX):
+                    Path(folder, file).unlink(missing_ok=True)
 
     def clear(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _path(self, name: str) -> Path:
         return self.folder / check_name(self.location, name)
+
+
+def _unwritten(what: str, error: OSError) -> StoreError:
+    """What could not be written, and why, in words."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return NoSpaceError(
+            f"{what}: {error.strerror}; free some space, then run the same command again"
+        )
+    return StoreError(
+        f"{what}: {error.strerror}; check the permissions, then run the same command again"
+    )
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it, durably."""
+    for changed in _make_folders(folder):
+        _sync_folder(changed)
 
 
 def _write_pieces(file: BinaryIO, pieces: Sequence[bytes]) -> str:
