@@ -28,6 +28,7 @@ from distributed import LocalCluster
 
 sys.path.insert(0, str(Path(__file__).parent))
 from common import Silent, arguments, best_seconds, report
+from pipeline.jobs import batch
 from pipeline.jobs import job as jobs
 from pipeline.jobs.engine import run_tasks
 from pipeline.jobs.manifest import ModalityOutcome, encode_manifest, manifest_table
@@ -306,11 +307,11 @@ def finished(num_shards: int) -> list[Row]:
 def _make(archive: Path, store: Path, config: PreprocessConfig) -> None:
     from bench_scale import no_op as function
 
-    real, jobs.process_shard = jobs.process_shard, function
+    real, batch.process_shard = batch.process_shard, function
     try:
         jobs.run_job(str(archive), store, config, Silent())
     finally:
-        jobs.process_shard = real
+        batch.process_shard = real
 
 
 def _write_archive(folder: Path, number: int) -> int:

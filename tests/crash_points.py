@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import pandas  # noqa: F401 (pyarrow imports it at first use, which takes a second)
 
-import pipeline.jobs.job
+import pipeline.jobs.batch
 import pipeline.storage.lock
 from pipeline import open_store, partition_image
 from pipeline.errors import ArchiveError, IntegrityError, StoreError
@@ -236,7 +236,7 @@ def commands(folder: Path) -> dict[str, Callable[[Path], object]]:
 
 def warm_up() -> None:
     """Compile what scores and cuts, without a thread."""
-    pipeline.jobs.job.run_tasks = plainly
+    pipeline.jobs.batch.run_tasks = plainly
     partition_image(
         textured((1, 32, 32)),
         base_patch_size=4,

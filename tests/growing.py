@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-import pipeline.jobs.job
+import pipeline.jobs.batch
 from crash_points import plainly
 from pipeline.jobs.job import run_job
 from pipeline.jobs.repartition import repartition
@@ -36,7 +36,7 @@ def grow(archives: list[str], store: Path) -> None:
 
 
 def add(archive: str, store: Path) -> None:
-    pipeline.jobs.job.run_tasks = plainly
+    pipeline.jobs.batch.run_tasks = plainly
     config = load_config(PreprocessConfig, None, SETTINGS)
     run_job(archive, store, config, Watching(), append=store.exists())
 

@@ -11,12 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import ArchiveError, LockedError, NoSpaceError, StoreError
-from pipeline.jobs.engine import run_tasks
-from pipeline.jobs.manifest import encode_manifest, manifest_name
+from pipeline.jobs.batch import BatchAtWork, complete
 from pipeline.jobs.observer import Observer
-from pipeline.jobs.outcome import batch_table, summary_of
 from pipeline.jobs.prepare import begin_ledger, new_header, write_metadata
-from pipeline.jobs.quarantine import QuarantineLimit
 from pipeline.jobs.repair import Repaired, readable_state, repair
 from pipeline.jobs.resume import (
     State,
@@ -29,27 +26,15 @@ from pipeline.jobs.resume import (
     check_unchanged,
     new_files,
 )
-from pipeline.jobs.shard import process_shard, shard_task
-from pipeline.jobs.space import telling_space, warn_if_short
 from pipeline.planning.existing import existing_of
-from pipeline.planning.inputs import Job, NothingNewError, archive_files, plan_job, require_scenes
+from pipeline.planning.inputs import NothingNewError, archive_files, plan_job, require_scenes
 from pipeline.settings.config import PreprocessConfig
-from pipeline.storage.commit import (
-    APPEND,
-    PREPROCESS,
-    Batch,
-    Commit,
-    named,
-    write_commit,
-)
+from pipeline.storage.commit import Commit
 from pipeline.storage.header import grown
 from pipeline.storage.history import History
 from pipeline.storage.layout import ROOT_METADATA
-from pipeline.storage.ledger import Ledger, ledger_name
 from pipeline.storage.lock import LOCK, Held, exclusive, tidy
-from pipeline.storage.objects import LocalObjects, Location, Objects, absolute, objects_at
-
-Ranges = tuple[tuple[float, float], ...]
+from pipeline.storage.objects import LocalObjects, Location, Objects, objects_at
 
 
 @dataclass(frozen=True)
@@ -81,23 +66,6 @@ class JobReport:
     @property
     def done(self) -> int:
         return self.inputs - len(self.quarantined) - len(self.skipped)
-
-
-@dataclass(frozen=True)
-class _Batch:
-    """A batch at work: on top of which state, by which plan, how far it has come."""
-
-    objects: Objects
-    lock: Held
-    before: State
-    header: dict[str, Any]
-    job: Job
-    ledger: Ledger
-
-    @property
-    def history(self) -> History:
-        """All batches, this one included."""
-        return History((*self.before.history.ledgers, self.ledger))
 
 
 def run_job(
@@ -167,9 +135,9 @@ def _begin(
         ledger.create(objects)
         write_metadata(objects, header, {})
         keep()
-        batch = _Batch(objects, lock, state, header, job, ledger)
+        batch = BatchAtWork(objects, lock, state, header, job, ledger)
         try:
-            report = _complete(batch, observer)
+            report = _completed(batch, observer)
         except (LockedError, NoSpaceError):
             raise  # another's, or begun: workers elsewhere may be writing still
         except StoreError:
@@ -233,7 +201,7 @@ def _resume(
     check_same_files(objects.location, first, archive_files(archive, config))
     job = plan_job(archive, config)
     check_same_choice(objects.location, ledger, job)
-    report = _complete(_Batch(objects, lock, state, header, job, ledger), observer)
+    report = _completed(BatchAtWork(objects, lock, state, header, job, ledger), observer)
     if report.tiles == 0:
         _clear(objects)
         _refuse_empty(archive, report)
@@ -271,7 +239,7 @@ def _append(
     else:
         check_same_choice(objects.location, ledger, job)
     header = grown(state.header, job.plan.first_shard + job.plan.num_shards)
-    return _complete(_Batch(objects, lock, state, header, job, ledger), observer)
+    return _completed(BatchAtWork(objects, lock, state, header, job, ledger), observer)
 
 
 def _mended(report: JobReport, repaired: Repaired, restored: int) -> JobReport:
@@ -304,85 +272,11 @@ def _refuse_empty(archive: str, report: JobReport) -> None:
     require_scenes(archive, report.inputs, 0, {**report.skipped, **report.quarantined})
 
 
-def _complete(batch: _Batch, observer: Observer) -> JobReport:
-    objects, ledger, plan = batch.objects, batch.ledger, batch.job.plan
-    objects.sweep()
-    ranges = {
-        name: tuple((float(low), float(high)) for low, high in entry["value_range"])
-        for name, entry in batch.header["modalities"].items()
-    }
-    todo = [shard for shard in plan.shards if shard not in ledger.shards]
-    observer.planned(len(plan.tiles), sum(len(plan.tile_range(shard)) for shard in ledger.shards))
-    arrays = [spec for m in plan.modalities.values() for spec in m.layout.arrays().values()]
-    warn_if_short(objects, ledger.shards.values(), len(todo), arrays)
-    with telling_space(ledger.shards.values, plan.num_shards, arrays):
-        if todo:
-            _run_shards(batch, todo, ranges, observer)
-        # Of workers that were killed, or finished late what others had done.
-        objects.sweep()
-        commit = _commit(batch)
+def _completed(batch: BatchAtWork, observer: Observer) -> JobReport:
+    """Do what is left of a batch, commit it, and say what the store came to."""
+    commit, written = complete(batch, observer)
     notes = (*batch.job.notes, *batch.job.facts.notes)
-    return _report(objects.location, batch.history, commit, len(todo), notes)
-
-
-def _run_shards(
-    batch: _Batch, todo: list[int], ranges: dict[str, Ranges], observer: Observer
-) -> None:
-    objects, plan, ledger, job = batch.objects, batch.job.plan, batch.ledger, batch.job
-    run = job.config.run
-    limit = QuarantineLimit(
-        objects.location, run.max_quarantine, job.num_inputs, ledger.quarantined()
-    )
-    tasks = (shard_task(plan, shard, absolute(objects), job.access, ranges) for shard in todo)
-    results = run_tasks(
-        process_shard, tasks, len(todo), run, objects.location, observer, job.access.roots
-    )
-    with contextlib.closing(results) as batches:
-        for rows in batches:
-            batch.lock.check()
-            ledger.append(objects, rows)
-            for row in rows:
-                observer.shard_done(len(plan.tile_range(row["shard"])))
-            limit.add(rows)
-            observer.quarantined(len(limit.reasons))
-
-
-def _commit(batch: _Batch) -> Commit:
-    """Write manifest and commit for every tile that has a frame.
-
-    Where a new store has no tile nothing is written; the caller says why.
-    """
-    objects, plan, ledger, before = batch.objects, batch.job.plan, batch.ledger, batch.before.commit
-    table = batch_table(objects, batch.header, batch.job, ledger, before)
-    manifest = encode_manifest(table)
-    own = Batch(ledger.number, plan.first_shard, plan.num_shards, {})
-    commit = Commit(
-        number=1,
-        kind=PREPROCESS,
-        parent=None,
-        header=batch.header,
-        manifest=named(manifest_name(ledger.number), manifest),
-        batches=(replace(own, ledger=named(ledger_name(ledger.number), ledger.canonical())),),
-        summary=summary_of(batch.history, table["split"].to_pylist(), batch.header["config"]),
-        metadata={},
-    )
-    if before is not None:
-        commit = before.after(
-            APPEND,
-            header=commit.header,
-            manifest=commit.manifest,
-            batches=(*before.batches, *commit.batches),
-            summary=commit.summary,
-        )
-    if before is None and not len(table):
-        return commit
-    batch.lock.check()
-    metadata = write_metadata(objects, commit.header, commit.partitions)
-    objects.write(commit.manifest["path"], manifest)
-    objects.write(ledger_name(ledger.number), ledger.canonical())
-    commit = replace(commit, metadata=metadata)
-    write_commit(objects, commit, before)
-    return commit
+    return _report(batch.objects.location, batch.history, commit, written, notes)
 
 
 def _report(

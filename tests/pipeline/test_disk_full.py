@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-import pipeline.jobs.job
+import pipeline.jobs.batch
 from crash_points import plainly
 from pipeline import open_store
 from pipeline.errors import NoSpaceError, StoreError
@@ -76,7 +76,7 @@ def archives(tmp_path_factory):
 @pytest.fixture
 def in_this_process(monkeypatch):
     """Without workers, which take seconds to start."""
-    monkeypatch.setattr(pipeline.jobs.job, "run_tasks", plainly)
+    monkeypatch.setattr(pipeline.jobs.batch, "run_tasks", plainly)
 
 
 def commands(archives, store):

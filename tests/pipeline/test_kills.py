@@ -214,7 +214,7 @@ def test_bytes_do_not_depend_on_workers_order_or_window(
         np.random.default_rng(num_workers + least).shuffle(order)
         return engine.run_tasks(function, iter(order), *others)
 
-    monkeypatch.setattr("pipeline.jobs.job.run_tasks", shuffled)
+    monkeypatch.setattr("pipeline.jobs.batch.run_tasks", shuffled)
     config = settings(f"run.workers={num_workers}")
     run_job(str(archive), tmp_path / "store", config, Watching())
     assert_same_bytes(store, tmp_path / "store")
