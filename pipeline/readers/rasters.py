@@ -24,6 +24,7 @@ from rasterio.windows import Window as RasterWindow
 
 from pipeline.errors import SceneError
 from pipeline.fetch.files import LocalFile, OpenFile, RemoteFile, refuse_special_file
+from pipeline.fetch.retries import on_disk
 from pipeline.georef import canonical_crs
 from pipeline.locations import check_allowed, is_url
 from pipeline.readers.gates import check_jpeg, check_tiff, refuse_many_bands
@@ -79,7 +80,7 @@ class RasterHeader:
 def read_header(href: str, access: Access) -> RasterHeader:
     """Header of a raster; SceneError if it cannot be opened or must not be read."""
     check_allowed(href, access)
-    _check_before_opening(href, _driver(href, access), access.max_block_bytes)
+    _check_before_opening(href, _driver(href, access), access)
     with open_raster(href, access) as raster:
         types = set(raster.dtypes)
         if len(types) != 1:
@@ -108,16 +109,20 @@ def read_header(href: str, access: Access) -> RasterHeader:
         )
 
 
-def _check_before_opening(href: str, driver: str, budget: int) -> None:
+def _check_before_opening(href: str, driver: str, access: Access) -> None:
     # What is not there, GDAL says in its own words.
     if is_url(href) or not Path(href).exists():
         return
-    with _raster_errors():
+
+    def check() -> None:
         refuse_special_file(href)
         if driver == "GTiff":
-            check_tiff(href, budget)
+            check_tiff(href, access.max_block_bytes)
         elif driver == "JPEG":
-            check_jpeg(href, budget)
+            check_jpeg(href, access.max_block_bytes)
+
+    with _raster_errors():
+        on_disk(check, href, access.retries)
 
 
 @contextmanager

@@ -21,8 +21,12 @@ def test_bombs_are_refused_or_read_within_the_budget(tmp_path):
         folder.mkdir()
         cases[name] = (str(bomb.make(folder)), bomb.settings)
     done = subprocess.run(
-        [sys.executable, str(COST)], input=json.dumps(cases), capture_output=True, text=True, check=True
-    )  # fmt: skip
+        [sys.executable, "-P", str(COST)],
+        input=json.dumps(cases),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     results = json.loads(done.stdout)
     budget = RunConfig().max_block_bytes // 2**20 + BESIDE
     print(f"\n{len(results)} bombs; each may take {budget} MiB")

@@ -21,8 +21,12 @@ def test_hostile_archives_execute_nothing_and_lead_nowhere(tmp_path):
         folder.mkdir()
         cases[name] = make(folder, outside)
     done = subprocess.run(
-        [sys.executable, str(COST)], input=json.dumps(cases), capture_output=True, text=True, check=True
-    )  # fmt: skip
+        [sys.executable, "-P", str(COST)],
+        input=json.dumps(cases),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     results = {
         name: (told, touched) for name, (_, _, told, touched) in json.loads(done.stdout).items()
     }

@@ -22,6 +22,7 @@ from pipeline.jobs.retries import MAX_DEATHS, Death, GiveUp, RunScene, RunWhole,
 from pipeline.settings.config import PreprocessConfig
 from pipeline.settings.loading import load_config
 from pipeline.storage.ledger import Ledger, ledger_name
+from pipeline.storage.objects import LocalObjects
 from support import Watching, assert_same_bytes, files, save_scene, textured
 
 # Large patches and a slow scorer, so that a shard takes long enough to be hit.
@@ -126,14 +127,18 @@ def started(archive: Path, path: Path) -> subprocess.Popen:
 
 def recorded(path: Path) -> dict[str, tuple[int, int]]:
     """Inode and time of the objects of every shard that counts as done."""
-    objects = [name for row in Ledger.read(path).shards.values() for name in row["objects"]]
+    objects = [
+        name
+        for row in Ledger.read(LocalObjects(path), 1).shards.values()
+        for name in row["objects"]
+    ]
     return {
         name: (stat.st_ino, stat.st_mtime_ns) for name in objects if (stat := (path / name).stat())
     }
 
 
 def shards_done(path: Path) -> int:
-    return len(Ledger.read(path).shards) if (path / ledger_name(1)).exists() else 0
+    return len(Ledger.read(LocalObjects(path), 1).shards) if (path / ledger_name(1)).exists() else 0
 
 
 def wait_for_shards(job: subprocess.Popen, path: Path, number: int) -> None:
