@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.jobs.clients import WORKER_ENVIRONMENT
+from pipeline.jobs.process import ENVIRONMENT
 from support import save_scene, textured
 
 RUNNER = Path(__file__).parents[1] / "crash_points.py"
@@ -36,7 +36,7 @@ def crash(folder: Path, every: int) -> dict[str, dict]:
     save_scene(folder / "empty" / "a_20200101.tif", empty, nodata=0)
     done = subprocess.run(
         [sys.executable, RUNNER, folder, str(every)],
-        env={**os.environ, **WORKER_ENVIRONMENT, "PYTHONPATH": f"{ROOT}:{RUNNER.parent}"},
+        env={**os.environ, **ENVIRONMENT, "PYTHONPATH": f"{ROOT}:{RUNNER.parent}"},
         capture_output=True,
         text=True,
         check=False,
