@@ -128,8 +128,10 @@ def test_killed_and_stopped_workers_change_no_byte(dask, archive, undisturbed, t
 
     address = dask.scheduler("--host", "127.0.0.1")
     silent = disturbed_job(dask, address, archive, tmp_path / "store", [()] * 3, stop)
-    # It goes on with what it was writing when the store is long committed, then hears that it is out.
+    # It goes on with what it was writing when the store is long committed; then it is told to end, unless
+    # it heard already that it is out.
     send(silent, signal.SIGCONT)
+    silent.terminate()
     silent.wait()
     assert_same_store(undisturbed, tmp_path / "store")
 
