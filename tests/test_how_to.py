@@ -329,7 +329,7 @@ def of_the_bordered_scene(page: Page) -> Iterator[str]:
     store = page.store()
     low, high = store.header["modalities"]["cog"]["value_range"][0]
     yield f"{low:.0f} to {high:.0f}, the 1st to 99th percentile"
-    left_out = store.commit["summary"]["tiles_left_out"]
+    left_out = store.commit.summary["tiles_left_out"]
     yield f"Of {len(store.manifest) + left_out} tiles {left_out} have less than 5 % left"
     yield f"{store.manifest['split'].null_count} of {len(store.manifest)} touch blocks of two splits"
     yield f"{tokens_of(page, 'cog/r8c7')} tokens"
@@ -337,7 +337,7 @@ def of_the_bordered_scene(page: Page) -> Iterator[str]:
 
 def of_the_photographs(page: Page) -> Iterator[str]:
     yield f"{tokens_of(page, 'River/River_1553/r0c0')} tokens"
-    splits = page.store().commit["summary"]["splits"]
+    splits = page.store().commit.summary["splits"]
     assert splits["test"] == splits["val"]
     yield f"{splits['val']} tiles are a tenth"
     out = io.StringIO()

@@ -372,7 +372,7 @@ STORES = {
         (zarr(),), {"modality": {"bands": ["B02"], "value_range": [0, 9]}}, (),
         "ARCHIVE/cube.zarr", "ARCHIVE/cube.zarr/STORE",
     ),
-    "a URL as the store": wrong(tif(), store="s3://bucket/STORE"),
+    "a web server as the store": wrong(tif(), store="https://server/STORE"),
     "a store as the archive": wrong(source="STORE", store="STORE2", is_finished=True),
     "another configuration for a finished store": wrong(
         options=("--set", "store.codec=zstd"), is_finished=True

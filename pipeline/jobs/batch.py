@@ -8,7 +8,6 @@ from pipeline.jobs.engine import run_tasks
 from pipeline.jobs.manifest import encode_manifest, manifest_name
 from pipeline.jobs.observer import Observer
 from pipeline.jobs.outcome import batch_table, summary_of
-from pipeline.jobs.prepare import write_metadata
 from pipeline.jobs.quarantine import QuarantineLimit
 from pipeline.jobs.resume import State
 from pipeline.jobs.shard import process_shard, shard_task
@@ -25,6 +24,7 @@ from pipeline.storage.commit import (
 from pipeline.storage.history import History
 from pipeline.storage.ledger import Ledger, ledger_name
 from pipeline.storage.lock import Held
+from pipeline.storage.metadata import write_metadata
 from pipeline.storage.objects import Objects, absolute
 
 Ranges = tuple[tuple[float, float], ...]

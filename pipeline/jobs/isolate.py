@@ -7,7 +7,6 @@ from typing import Any, TypeVar
 from pipeline.errors import StoreError
 from pipeline.jobs.alone import Solitary
 from pipeline.jobs.retries import Death, GiveUp, RunScene, Trial, in_words
-from pipeline.jobs.shard import ShardTask, try_scene
 
 TaskT = TypeVar("TaskT")
 
@@ -19,6 +18,8 @@ def run_isolated(
 
     Raises StoreError if the task dies and no single scene is to blame.
     """
+    from pipeline.jobs.shard import try_scene  # it brings all readers along
+
     trial = Trial(_files(task))
     while True:
         step = trial.next_step()
@@ -36,10 +37,12 @@ def run_isolated(
 
 def excluding(task: TaskT, reasons: Any) -> TaskT:
     """The task without some scenes, where it has such."""
-    if not isinstance(task, ShardTask) or not reasons:
+    files = _files(task)
+    own = {scene: reason for scene, reason in reasons.items() if scene in files}
+    if not own:
         return task
-    own = {scene: reason for scene, reason in reasons.items() if scene in _files(task)}
-    return replace(task, excluded={**task.excluded, **own})
+    excluded: Any = {**task.excluded, **own}  # type: ignore[attr-defined]
+    return replace(task, excluded=excluded)  # type: ignore[type-var]
 
 
 def name_of(task: object) -> str:
@@ -47,9 +50,9 @@ def name_of(task: object) -> str:
     return f"shard {task.shard}" if hasattr(task, "shard") else "a task"
 
 
-def _files(task: object) -> dict[str, str]:
-    """Files by scene id."""
-    if not isinstance(task, ShardTask):
+def _files(task: Any) -> dict[str, str]:
+    """Files by scene id; none of a task that has no scenes."""
+    if not hasattr(task, "modalities"):
         return {}
     return {
         scene.id: ", ".join(dict.fromkeys(asset.href for asset in scene.assets))

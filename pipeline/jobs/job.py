@@ -13,8 +13,8 @@ from typing import Any
 from pipeline.errors import ArchiveError, LockedError, NoSpaceError, StoreError
 from pipeline.jobs.batch import BatchAtWork, complete
 from pipeline.jobs.observer import Observer
-from pipeline.jobs.prepare import begin_ledger, new_header, write_metadata
-from pipeline.jobs.repair import Repaired, readable_state, repair
+from pipeline.jobs.prepare import begin_ledger, new_header
+from pipeline.jobs.repair import readable_state, repair
 from pipeline.jobs.resume import (
     State,
     check_apart,
@@ -34,6 +34,8 @@ from pipeline.storage.header import grown
 from pipeline.storage.history import History
 from pipeline.storage.layout import ROOT_METADATA
 from pipeline.storage.lock import LOCK, Held, exclusive, tidy
+from pipeline.storage.mending import Repaired
+from pipeline.storage.metadata import write_metadata
 from pipeline.storage.objects import LocalObjects, Location, Objects, objects_at
 
 

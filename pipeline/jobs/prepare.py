@@ -1,7 +1,7 @@
 """Before the first task: value ranges, the store's header and metadata, the batch's ledger."""
 
 import importlib.metadata
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -14,10 +14,9 @@ from pipeline.planning.inputs import Job, require_scenes
 from pipeline.planning.plan import ModalityPlan, Plan
 from pipeline.scenes import Access, Scene
 from pipeline.settings.canonical import plain
-from pipeline.storage.header import layouts_of, modality_header
-from pipeline.storage.layout import FORMAT_VERSION, metadata_objects
+from pipeline.storage.header import modality_header
+from pipeline.storage.layout import FORMAT_VERSION
 from pipeline.storage.ledger import PLANNED, PLANNED_FACTS, REFUSED, SKIPPED, Ledger
-from pipeline.storage.objects import Objects
 
 # Tiles, spread over the archive, from which a value range is estimated.
 _RANGE_SAMPLE_TILES = 64
@@ -49,14 +48,6 @@ def new_header(job: Job) -> dict[str, Any]:
         "modalities": modalities,
         "provenance": {name: _version(name) for name in _PROVENANCE},
     }
-
-
-def write_metadata(
-    objects: Objects, header: dict[str, Any], partitions: Mapping[str, Iterable[str]]
-) -> dict[str, dict[str, Any]]:
-    """Write every `zarr.json`, the root's last: what a commit names as `metadata`."""
-    made = metadata_objects(header, layouts_of(header).values(), partitions)
-    return {name: objects.write(name, content) for name, content in made.items()}
 
 
 def begin_ledger(job: Job, number: int) -> Ledger:

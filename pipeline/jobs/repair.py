@@ -31,21 +31,12 @@ from pipeline.storage.history import History
 from pipeline.storage.layout import metadata_objects
 from pipeline.storage.ledger import Ledger
 from pipeline.storage.lock import exclusive
-from pipeline.storage.mending import differs, remember, remembered
+from pipeline.storage.mending import Repaired, differs, remember, remembered
 from pipeline.storage.objects import Objects, absolute, entry
 
 # For fewer shards starting worker processes takes longer than the work they would share.
 _IN_PROCESS_SHARDS = 3
 _ROW = ("shard", "objects", "failed", "findings", "thresholds", "left_out", "tiles_left_out")
-
-
-@dataclass(frozen=True)
-class Repaired:
-    """So many objects were written anew, those of arrays in so many shards; `left` are still damaged."""
-
-    objects: int = 0
-    shards: int = 0
-    left: tuple[str, ...] = ()
 
 
 def readable_state(

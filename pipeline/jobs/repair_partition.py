@@ -7,13 +7,12 @@ from typing import Any
 from pipeline.errors import IntegrityError
 from pipeline.jobs.known import content_of
 from pipeline.jobs.recut import repartition_shard, repartition_task
-from pipeline.jobs.repair import Repaired
 from pipeline.rules import FurtherRule
 from pipeline.storage.chain import read_chain
 from pipeline.storage.commit import Commit
 from pipeline.storage.layout import StoreLayout
 from pipeline.storage.lock import exclusive
-from pipeline.storage.mending import differs, remember, remembered
+from pipeline.storage.mending import Repaired, differs, remember, remembered
 from pipeline.storage.objects import entry
 from pipeline.storage.partitions import PartitionLedger, partition_path
 from pipeline.storage.places import places_of

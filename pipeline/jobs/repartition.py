@@ -12,9 +12,7 @@ from pipeline.calibrate import store_curve
 from pipeline.errors import ConfigError, StoreError
 from pipeline.jobs.engine import run_tasks
 from pipeline.jobs.observer import Observer
-from pipeline.jobs.prepare import write_metadata
 from pipeline.jobs.recut import repartition_shard, repartition_task
-from pipeline.jobs.repair import Repaired
 from pipeline.jobs.repair_partition import repair_partition
 from pipeline.jobs.space import telling_space
 from pipeline.rules import (
@@ -32,6 +30,8 @@ from pipeline.settings.run import RunConfig
 from pipeline.storage.commit import REPARTITION, Batch, named, write_commit
 from pipeline.storage.layout import StoreLayout
 from pipeline.storage.lock import Held, exclusive, tidy
+from pipeline.storage.mending import Repaired
+from pipeline.storage.metadata import write_metadata
 from pipeline.storage.objects import Location
 from pipeline.storage.partitions import PartitionLedger, check_new_name, partition_ledger_name
 from pipeline.storage.places import Places, places_of

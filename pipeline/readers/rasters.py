@@ -188,8 +188,8 @@ def _file(href: str, access: Access, stack: ExitStack) -> OpenFile:
 
 
 def _name(href: str) -> str:
-    """What GDAL calls a file that it does not open itself."""
-    return PurePosixPath(urlsplit(href).path if is_url(href) else href).name
+    """What GDAL calls a file that it does not open itself: a local one by its path, for messages."""
+    return PurePosixPath(urlsplit(href).path).name if is_url(href) else href
 
 
 def _nothing_else() -> None:

@@ -36,6 +36,15 @@ def remember(objects: Objects, names: Iterable[str]) -> None:
 
 
 @dataclass(frozen=True)
+class Repaired:
+    """So many objects were written anew, those of arrays in so many shards; `left` are still damaged."""
+
+    objects: int = 0
+    shards: int = 0
+    left: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Remade:
     """A place to write the objects of a shard that is made again.
 
