@@ -86,19 +86,7 @@ def plan_job(
         found.refused |= harmonized.refused
         scenes[settings.name] = harmonized.scenes
         offsets[settings.name] = harmonized.scale, harmonized.offset
-    if existing.layouts:
-        found.require_new(archive)
-    found.require(archive, scenes)
-    sorting = make_stacks(data, scenes, existing.places)
-    found.refused |= sorting.refused
-    found.skipped |= sorting.skipped
-    if not sorting.stacks:
-        found.require(archive, dict.fromkeys(scenes, ()))
-    if not existing.layouts:
-        found.require_beside(sorting.stacks)
-    _refuse_static_series(data, sorting.stacks)
-    check_located(data, sorting.stacks)
-    stacks = [_without_known_static(data, stack, existing) for stack in sorting.stacks]
+    stacks = _stacked(archive, data, scenes, existing, found)
     plan = make_plan(data, stacks, offsets, existing)
     job = Job(
         archive=archive,
@@ -117,6 +105,29 @@ def plan_job(
         # What cannot be labelled or split is better known now than after the last shard.
         _ = job.facts
     return job
+
+
+def _stacked(
+    archive: str,
+    data: DataConfig,
+    scenes: dict[str, Sequence[Scene]],
+    existing: Existing,
+    found: "_Found",
+) -> list[Stack]:
+    """The places of a batch with their scenes; what is left out of them is noted in `found`."""
+    if existing.layouts:
+        found.require_new(archive)
+    found.require(archive, scenes)
+    sorting = make_stacks(data, scenes, existing.places)
+    found.refused |= sorting.refused
+    found.skipped |= sorting.skipped
+    if not sorting.stacks:
+        found.require(archive, dict.fromkeys(scenes, ()))
+    if not existing.layouts:
+        found.require_beside(sorting.stacks)
+    _refuse_static_series(data, sorting.stacks)
+    check_located(data, sorting.stacks)
+    return [_without_known_static(data, stack, existing) for stack in sorting.stacks]
 
 
 def archive_files(archive: str, config: PreprocessConfig) -> dict[tuple[str, str], str]:
