@@ -206,7 +206,7 @@ def _loop(plan: Plan, where: str) -> list[Row]:
         ledger.create(objects)
         access = Access(("/archive",))
         tasks = watch.each(
-            "shard_task", lambda k: shard_task(plan, k, folder, access, RANGES), plan.shards
+            "shard_task", lambda k: shard_task(plan, k, "paper", access, RANGES), plan.shards
         )
         begin, busy = time.perf_counter(), time.process_time()
         for batch in in_loop(tasks, plan.num_shards, run):
