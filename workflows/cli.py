@@ -57,6 +57,9 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit with its code."""
     signal.signal(signal.SIGTERM, _terminate)
+    # After an interrupt Python's tracker of semaphores would complain of what it then tidies up.
+    quiet = "ignore::UserWarning:multiprocessing.resource_tracker"
+    os.environ["PYTHONWARNINGS"] = ",".join(filter(None, [os.environ.get("PYTHONWARNINGS"), quiet]))
     code = run(lambda: app(arguments, exit_on_error=False, print_error=False))
     if code in (EXIT_INTERRUPTED, EXIT_TERMINATED):
         # Python would wait for threads that wait for a server, and a third Ctrl-C says nothing new.
