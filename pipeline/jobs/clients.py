@@ -54,7 +54,7 @@ def client_of(
 def _own_scheduler(address: str, tls: TlsConfig | None) -> Iterator[Client]:
     security = None if tls is None else security_of(tls)
     try:
-        client = Client(address, timeout=_CONNECT_S, security=security)
+        client = Client(address, timeout=_CONNECT_S, security=security, set_as_default=False)
     except (OSError, ValueError, TypeError) as error:
         hint = "leave the option out"
         if address.startswith("tls://"):
@@ -80,7 +80,7 @@ def _on_cluster(run: RunConfig) -> Iterator[Client]:
     security = None if run.tls is None else security_of(run.tls)
     with (
         cluster_of(run.cluster, security) as cluster,
-        Client(cluster, security=security) as client,
+        Client(cluster, security=security, set_as_default=False) as client,
     ):
         try:
             _await_worker(client, run.cluster.wait_s, under_way(run.cluster, cluster))
@@ -111,7 +111,7 @@ def _local(run: RunConfig, num_tasks: int) -> Iterator[Client]:
             dashboard_address=dashboard,
             silence_logs=logging.CRITICAL,
         )
-    with cluster, Client(cluster) as client:
+    with cluster, Client(cluster, set_as_default=False) as client:
         yield client
 
 

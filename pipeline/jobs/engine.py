@@ -68,7 +68,7 @@ def run_tasks(
             # Workers that are started again must be as deaf to Ctrl-C as the first ones.
             client.loop.add_callback(signal.pthread_sigmask, signal.SIG_BLOCK, {signal.SIGINT})
         job = _Run(client, function, tasks, run, store, local_paths(reads))
-        with _report(run), contextlib.closing(job) as running:
+        with client.as_current(), _report(run), contextlib.closing(job) as running:
             try:
                 yield from running.rows(observer)
             except (KeyboardInterrupt, GeneratorExit):
