@@ -50,8 +50,11 @@ class Solitary:
             if self._stopped:
                 raise StoppedError
             # The child inherits what this thread blocks, and is deaf to Ctrl-C from the start.
-            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-            child.start()
+            blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            try:
+                child.start()
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
             self._child = child
         theirs.close()
         try:
