@@ -102,7 +102,7 @@ class ReadsAtOnce:
 
 
 def test_reading_ahead_is_bounded(monkeypatch):
-    monkeypatch.setattr("model.data.ThreadPoolExecutor", ReadsAtOnce)
+    monkeypatch.setattr("model.data.stream.ThreadPoolExecutor", ReadsAtOnce)
     recorder = Recorder()
     batches = iter(BatchStream(recorder, BatchOrder(10, 3, 0), 0, 1000))
     for taken in range(1, 50):
