@@ -138,7 +138,7 @@ class Augmenter:
             return np.ones(tile_keys.size, bool)
         chance = draws.uniform(*draw, (tile_keys, timesteps), "dates")
         _, tile = np.unique(tile_keys, return_inverse=True)
-        highest = np.full(tile_keys.size, share)
+        highest = np.full(tile_keys.size, -1.0)
         np.maximum.at(highest, tile[counts], chance[counts])
         return (chance >= share) | (chance == highest[tile])
 
