@@ -1,5 +1,6 @@
-"""Tiles of a store as torch data: what is read, in which order, and the stream of batches."""
+"""Tiles of a store as torch data, and the order in which they are trained on."""
 
-from model.data.dataset import BatchOrder, BatchStream, TileDataset
+from model.data.dataset import TileDataset
+from model.data.stream import BatchOrder, BatchStream
 
 __all__ = ["BatchOrder", "BatchStream", "TileDataset"]
