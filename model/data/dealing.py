@@ -77,7 +77,10 @@ class _Rounds:
         windows, tiles = weights.shape
         size_shift = (num_groups - 1).bit_length()
         load_shift = size_shift + tiles.bit_length()
-        heaviest = int(weights.sum(1).max(initial=0))
+        # Groups differ by at most the largest weight, so none holds more than this.
+        heaviest = (
+            int((weights.sum(1) // num_groups + weights.max(1, initial=0)).max(initial=0)) + 1
+        )
         assert heaviest.bit_length() + load_shift <= _WORD_BITS, "weights too large to be dealt"
         gains = np.zeros((windows, tiles + num_groups), np.int64)
         gains[:, :tiles] = (weights << load_shift) + ((weights > 0).astype(np.int64) << size_shift)

@@ -20,6 +20,10 @@ from model.data.order import (
 from model.data.sampling import Sampling
 from pipeline.errors import ConfigError
 
+# Of the default window: so few tiles that reading stays close together, and so many batches that each
+# gets few neighbours.
+_WINDOW_TILES, _WINDOW_BATCHES = 2048, 32
+
 Balance = Literal["tokens", "squares"]
 
 
@@ -37,7 +41,10 @@ class BatchPlan:
     - `balance`: what the ranks of a step hold equally much of, tokens or their squares (the cost of
       attention); see EpochPlan.tiles_of_rank.
     - `shuffle`: blocks of `block_tiles` neighbours in `store_order` are permuted, and batches drawn from
-      windows of about `window_tiles` tiles, at least 8 batches. Without it batches follow store order.
+      windows of about `window_tiles` tiles, but at least 8 batches; by default of 2048 tiles or 32
+      batches, whichever is more. Without it batches follow store order. How much the labels of a batch
+      vary beyond chance, if neighbours have the same, is about
+      `1 + (block_tiles - 1) * (tiles of a batch - 1) / window_tiles`.
     - `store_order` int64 [tile]: the tiles as they lie in the store; ascending if not given.
 
     Raises ConfigError if the settings contradict each other or a tile has more than `batch_tokens`.
@@ -52,7 +59,7 @@ class BatchPlan:
     drop_last: bool = field(default=False, kw_only=True)
     balance: Balance = field(default="tokens", kw_only=True)
     block_tiles: int = field(default=16, kw_only=True)
-    window_tiles: int = field(default=2048, kw_only=True)
+    window_tiles: int | None = field(default=None, kw_only=True)
     store_order: np.ndarray | None = field(default=None, kw_only=True)
     _candidates: np.ndarray = field(init=False, repr=False)
 
@@ -121,13 +128,19 @@ class BatchPlan:
 
     def _windows(self, tiles: np.ndarray) -> Windows:
         if self.batch_tiles is not None:
-            window = self.window_tiles if self.shuffle else 0
+            window = self._window(self.batch_tiles) if self.shuffle else 0
             return windows_of_tiles(tiles.size, self.batch_tiles, window, self.drop_last)
         assert self.batch_tokens is not None
         tokens = self.counts[tiles]
         if not self.shuffle:
             return windows_in_order(tokens, self.batch_tokens, self.drop_last)
-        return windows_of_tokens(tokens, self.batch_tokens, self.window_tiles, self.drop_last)
+        window = self._window(round(self.batch_tokens / tokens.mean()))
+        return windows_of_tokens(tokens, self.batch_tokens, window, self.drop_last)
+
+    def _window(self, batch_tiles: int) -> int:
+        if self.window_tiles is not None:
+            return self.window_tiles
+        return max(_WINDOW_TILES, _WINDOW_BATCHES * batch_tiles)
 
     @property
     def _batch(self) -> str:

@@ -2,6 +2,7 @@
 
 import pickle
 from concurrent.futures import ThreadPoolExecutor
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ SETTINGS = st.fixed_dictionaries(
         "seed": st.integers(0, 5),
         "shuffle": st.booleans(),
         "block_tiles": st.integers(1, 20),
-        "window_tiles": st.integers(1, 60),
+        "window_tiles": st.none() | st.integers(1, 60),
         "balance": st.sampled_from(["tokens", "squares"]),
     }
 )
@@ -181,6 +182,30 @@ def test_seed_and_epoch_change_the_order():
     ]
     for order in orders[1:]:
         assert np.mean(np.array(order) == np.array(orders[0])) < 0.05
+
+
+@pytest.mark.parametrize(
+    ("block", "batch", "window"), [(16, 64, None), (4, 64, 1024), (16, 256, None)]
+)
+def test_labels_sorted_in_the_store_mix_as_well_as_the_formula_says(block, batch, window):
+    size, classes = 64_000, 10
+    plan = BatchPlan(np.ones(size, int), batch_tiles=batch, block_tiles=block, window_tiles=window)
+    epoch = plan.epoch(0)
+    labels = np.array([epoch.tiles(step) * classes // size for step in range(epoch.num_steps)])
+    found = np.stack([(labels == label).sum(1) for label in range(classes)])
+    expected = batch / classes
+    ratio = ((found - expected) ** 2 / expected).sum(0).mean() / (classes - 1)
+    drawn_from = window or max(2048, 32 * batch)
+    assert ratio == pytest.approx(1 + (block - 1) * (batch - 1) / drawn_from, rel=0.15)
+
+
+@pytest.mark.parametrize("batch", [{"batch_tokens": 64}, {"batch_tiles": 64}])
+def test_places_in_two_epochs_have_nothing_to_do_with_each_other_or_the_store(batch):
+    plan = BatchPlan(np.ones(30_000, int), **batch)
+    places = [np.arange(30_000), *(np.argsort(flat(steps_of(plan.epoch(e)))) for e in range(3))]
+    for first, second in combinations(places, 2):
+        # 16 tiles move as one: so many blocks, and their correlation's standard deviation.
+        assert abs(np.corrcoef(first, second)[0, 1]) < 5 / np.sqrt(30_000 / 16)
 
 
 def realistic(name, size):
