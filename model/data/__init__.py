@@ -1,6 +1,16 @@
 """Tiles of a store as torch data, and the order in which they are trained on."""
 
 from model.data.dataset import TileDataset
+from model.data.plan import BatchPlan
+from model.data.sampling import Sampling, class_balanced, class_weights
 from model.data.stream import BatchOrder, BatchStream
 
-__all__ = ["BatchOrder", "BatchStream", "TileDataset"]
+__all__ = [
+    "BatchOrder",
+    "BatchPlan",
+    "BatchStream",
+    "Sampling",
+    "TileDataset",
+    "class_balanced",
+    "class_weights",
+]

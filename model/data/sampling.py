@@ -41,8 +41,10 @@ class Sampling:
         copies, and all together are exactly `tiles_per_epoch`.
         """
         copies = self._copies(tiles, seed, epoch)
-        rounds = (tiles[copies > number] for number in range(int(copies.max(initial=0))))
-        return np.concatenate([tiles[:0], *rounds])
+        rounds = [np.flatnonzero(copies)]
+        while rounds[-1].size:
+            rounds.append(rounds[-1][copies[rounds[-1]] > len(rounds)])
+        return tiles[np.concatenate(rounds)]
 
     def _copies(self, tiles: np.ndarray, seed: int, epoch: int) -> np.ndarray:
         weights = self.weights[tiles]

@@ -1,6 +1,7 @@
 """Which tiles form the batch of a step: every tile once, never above the budget, always the same."""
 
 import pickle
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from itertools import combinations
 
@@ -314,6 +315,20 @@ def test_copies_of_a_tile_meet_no_more_often_than_in_a_full_shuffle(window):
     by_chance = 10 * 50 * 49 / 2 * 9 / 999
     print(f"{together} pairs of copies share a batch; in a full shuffle {by_chance:.0f} would")
     assert together < by_chance + 4 * np.sqrt(by_chance)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["lognormal", "heavy tail"])
+@pytest.mark.parametrize("batch", [{"batch_tokens": 16384}, {"batch_tiles": 64}])
+def test_ten_million_tiles_are_planned_within_a_gibibyte(name, batch):
+    plan = BatchPlan(realistic(name, 10_000_000), **batch)
+    tracemalloc.start()
+    epoch = plan.epoch(0)
+    epoch.tiles(epoch.num_steps // 2)
+    peak = tracemalloc.get_traced_memory()[1] / 2**30
+    tracemalloc.stop()
+    print(f"{epoch.num_steps} steps planned in {peak:.2f} GiB")
+    assert peak < 1
 
 
 WRONG = {
