@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from model.data import symmetry
-from model.data.augment import Augmentation, Augmenter, BandSetRead, Crop, FramesRead, prepared
+from model.data.augment import Augmentation, Augmenter, Crop, prepared
+from model.data.frames import NewMemory
+from model.packing import BandSetArrays, FrameArrays, LabelArrays, TileArrays
 from pipeline import segments
 from pipeline.errors import ConfigError
 from pipeline.grid import BaseGrid
@@ -20,7 +22,7 @@ EVERYTHING = Augmentation(flips=True, rotations=True, crop_px=16, drop_dates=0.4
 DRAW = (7, 3)
 
 
-def layout(modality="s2", sets=(("", 4, 32),), base=2, num_scales=3, tokenized=True) -> StoreLayout:
+def layout(modality="s2", sets=(("", 4, 32),), base=2, num_scales=3) -> StoreLayout:
     """The layout of a modality; `sets` are name, number of bands and tile size in px of each band set."""
     band_sets = tuple(
         BandSet(name, tuple(f"b{n}" for n in range(bands)), "uint16", px)
@@ -28,13 +30,13 @@ def layout(modality="s2", sets=(("", 4, 32),), base=2, num_scales=3, tokenized=T
     )
     cells = sets[0][2] // base
     grid = BaseGrid(cells, cells, base, num_scales)
-    return StoreLayout(modality, band_sets, grid, 1, 8, "lz4", tokenized=tokenized)
+    return StoreLayout(modality, band_sets, grid, 1, 8, "lz4")
 
 
 S2 = layout(sets=(("", 4, 32), ("20m", 3, 16)))
 # Roots of 16 px where those of S2 have 8.
 DEM = layout("dem", sets=(("", 1, 32),), base=4)
-LAND_COVER = layout("lc", sets=(("", 1, 64),), base=1, num_scales=1, tokenized=False)
+LAND_COVER = layout("lc", sets=(("", 1, 64),), base=1, num_scales=1)
 
 
 def paint(side: int, tile_keys: np.ndarray) -> np.ndarray:
@@ -49,7 +51,7 @@ def leaves_of(rng: np.random.Generator, scale: int) -> list[int]:
     return [scale | (0x80 if rng.random() < 0.2 else 0)]
 
 
-def read(of: StoreLayout, tile_keys: np.ndarray, frames_per_tile: int = 2) -> FramesRead:
+def read(of: StoreLayout, tile_keys: np.ndarray, frames_per_tile: int = 2) -> FrameArrays:
     """Frames of some tiles; what they hold depends on the tile's key and the timestep alone."""
     tile = np.repeat(np.arange(tile_keys.size), frames_per_tile)
     roots = (of.grid.rows // of.grid.root_cells) ** 2
@@ -68,19 +70,32 @@ def read(of: StoreLayout, tile_keys: np.ndarray, frames_per_tile: int = 2) -> Fr
         pixels = paint(side, tile_keys[tile]) + np.arange(1, num_bands + 1)[:, None, None]
         valid = pixels[:, 0] % 3 > 0
         present = np.ones((tile.size, num_bands), bool)
-        sets.append(BandSetRead(band_set.name, pixels.astype(np.uint16), valid, present))
+        sets.append(
+            BandSetArrays(band_set.name, band_set.bands, pixels.astype(np.uint16), valid, present)
+        )
     counts = np.array([leaves.size for leaves in scales], np.int64)
     flat = np.concatenate([np.empty(0, np.uint8), *scales])
-    return FramesRead(of.modality, of.grid, flat, counts, tile, tuple(sets))
+    timestep = np.tile(np.arange(frames_per_tile), tile_keys.size)
+    timestamps = np.full((tile.size, 3), -1, np.int32)
+    return FrameArrays(of.modality, of.grid, sets, flat, counts, tile, timestep, timestamps)
 
 
-def split(frames: FramesRead) -> list[np.ndarray]:
+def augmented(
+    augmenter: Augmenter, draw: tuple[int, int] | None, tile_keys: np.ndarray, *read: FrameArrays
+) -> FrameArrays:
+    """The first of some modalities, changed as all are."""
+    tiles = TileArrays(np.arange(tile_keys.size), list(read))
+    augmenter.apply(draw, tile_keys, tiles, NewMemory())
+    return tiles.modalities[0]
+
+
+def split(frames: FrameArrays) -> list[np.ndarray]:
     return np.split(frames.scales, np.cumsum(frames.counts)[:-1])
 
 
-def assert_same(one: FramesRead, other: FramesRead) -> None:
-    assert (one.modality, one.grid) == (other.modality, other.grid)
-    for name in ("scales", "counts", "tile"):
+def assert_same(one: FrameArrays, other: FrameArrays) -> None:
+    assert (one.name, one.grid) == (other.name, other.grid)
+    for name in ("scales", "counts", "tile", "timestep"):
         np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
     for mine, yours in zip(one.band_sets, other.band_sets, strict=True):
         for name in ("pixels", "valid", "band_present"):
@@ -102,21 +117,27 @@ settings_made = st.builds(
 @given(settings=settings_made, draw=draws_made, tile_keys=keys, data=st.data())
 def test_a_tile_gets_the_same_in_whatever_batch_it_comes(settings, draw, tile_keys, data):
     augmenter = prepared(settings, [S2, DEM])
-    whole = augmenter.apply(draw, tile_keys, read(S2, tile_keys))
+    whole = augmented(augmenter, draw, tile_keys, read(S2, tile_keys))
     chosen = np.array(data.draw(st.permutations(range(tile_keys.size))))[
         : data.draw(st.integers(1, tile_keys.size))
     ]
-    part = augmenter.apply(draw, tile_keys[chosen], read(S2, tile_keys[chosen]))
+    part = augmented(augmenter, draw, tile_keys[chosen], read(S2, tile_keys[chosen]))
     frames = np.concatenate([np.flatnonzero(whole.tile == tile) for tile in chosen])
     expected = replace(
         whole,
         scales=np.concatenate([split(whole)[frame] for frame in frames]),
         counts=whole.counts[frames],
         tile=part.tile,
-        band_sets=tuple(
-            BandSetRead(s.name, s.pixels[frames], s.valid[frames], s.band_present[frames])
+        timestep=whole.timestep[frames],
+        band_sets=[
+            replace(
+                s,
+                pixels=s.pixels[frames],
+                valid=s.valid[frames],
+                band_present=s.band_present[frames],
+            )
             for s in whole.band_sets
-        ),
+        ],
     )
     assert_same(part, expected)
 
@@ -124,12 +145,16 @@ def test_a_tile_gets_the_same_in_whatever_batch_it_comes(settings, draw, tile_ke
 @given(settings=settings_made, draw=draws_made, tile_keys=keys)
 def test_everything_of_a_tile_turns_and_is_cropped_together(settings, draw, tile_keys):
     """Band sets, modalities and labels of other pixel sizes show the same places afterwards."""
-    augmenter = prepared(settings, [S2, DEM, LAND_COVER])
-    s2 = augmenter.apply(draw, tile_keys, read(S2, tile_keys))
-    dem = augmenter.apply(draw, tile_keys, read(DEM, tile_keys, 1))
-    labels = augmenter.apply_raster(
-        draw, tile_keys, np.arange(tile_keys.size), paint(64, tile_keys)
-    )
+    s2, dem = read(S2, tile_keys), read(DEM, tile_keys, 1)
+    each, per_tile = np.arange(tile_keys.size), np.random.default_rng(0).random(tile_keys.size)
+    painted = paint(64, tile_keys)
+    rasters = LabelArrays("lc", painted, painted[:, 0] % 7 > 0, each, 0 * each, None)
+    tiles = TileArrays(each, [s2, dem], {"lc": rasters, "yield": per_tile.copy()})
+    augmenter = prepared(settings, [S2, DEM], [LAND_COVER])
+    augmenter.apply(draw, tile_keys, tiles, NewMemory())
+    labels = rasters.pixels
+    np.testing.assert_array_equal(rasters.valid, labels[:, 0] % 7 > 0)
+    np.testing.assert_array_equal(tiles.labels["yield"], per_tile)
     first = s2.band_sets[0]
     # Painted numbers of the 32 px band set, on the finer and the coarser pixels.
     reference = np.where(
@@ -157,14 +182,12 @@ def test_scales_follow_the_pixels(draw, tile_keys):
     frames = read(S2, tile_keys)
     colours = _painted(frames)
     one_band = np.ones((colours.shape[0], 1), bool)
-    painted = replace(
-        frames, band_sets=(BandSetRead("", colours[:, None].copy(), colours > 0, one_band),)
-    )
-    after = augmenter.apply(draw, tile_keys, painted)
+    painted = BandSetArrays("", ("colour",), colours[:, None].copy(), colours > 0, one_band)
+    after = augmented(augmenter, draw, tile_keys, replace(frames, band_sets=[painted]))
     np.testing.assert_array_equal(after.band_sets[0].pixels[:, 0], _painted(after))
 
 
-def _painted(frames: FramesRead) -> np.ndarray:
+def _painted(frames: FrameArrays) -> np.ndarray:
     """[F, y, x]: every pixel in the colour of its leaf."""
     grid, p = frames.grid, frames.grid.base_patch_size
     cells = np.repeat(frames.scales, segments.run_lengths(frames.scales))
@@ -177,7 +200,8 @@ def _painted(frames: FramesRead) -> np.ndarray:
 def test_turns_leave_the_number_of_tokens_as_it_was(draw, tile_keys):
     frames = read(S2, tile_keys)
     before = [np.sort(leaves) for leaves in split(frames)]
-    turned = prepared(Augmentation(flips=True, rotations=True), [S2]).apply(draw, tile_keys, frames)
+    augmenter = prepared(Augmentation(flips=True, rotations=True), [S2])
+    turned = augmented(augmenter, draw, tile_keys, frames)
     for one, other in zip(before, split(turned), strict=True):
         np.testing.assert_array_equal(one, np.sort(other))
 
@@ -207,7 +231,7 @@ def test_every_turn_is_as_likely_as_any_other(settings, turns):
 def test_every_window_is_as_likely_as_any_other_and_no_turns_go_with_it():
     tiles = np.arange(90_000)
     augmenter = prepared(Augmentation(flips=True, rotations=True, crop_px=16), [S2])
-    corners = augmenter._corners(DRAW, tiles, augmenter.crop)
+    corners = augmenter._corners(DRAW, tiles)
     both = np.bincount(corners @ [3, 1] * 8 + augmenter._turns(DRAW, tiles), minlength=72)
     assert both.size == 72
     expected = tiles.size / 72
@@ -249,7 +273,7 @@ def test_timesteps_are_left_out_as_often_as_asked():
 def test_left_out_bands_are_zero_in_all_frames_of_a_tile_and_one_stays(share, draw, tile_keys):
     before = read(S2, tile_keys)
     augmenter = prepared(Augmentation(drop_bands=share), [S2])
-    after = augmenter.apply(draw, tile_keys, read(S2, tile_keys))
+    after = augmented(augmenter, draw, tile_keys, read(S2, tile_keys))
     for old, new in zip(before.band_sets, after.band_sets, strict=True):
         assert new.band_present.any(axis=1).all()
         np.testing.assert_array_equal(new.band_present[::2], new.band_present[1::2])
@@ -280,7 +304,7 @@ def test_without_a_draw_nothing_is_random_and_crops_are_in_the_middle():
     tile_keys = np.arange(5)
     every = np.ones(10, bool)
     augmenter = prepared(EVERYTHING, [S2])
-    after = augmenter.apply(None, tile_keys, read(S2, tile_keys))
+    after = augmented(augmenter, None, tile_keys, read(S2, tile_keys))
     before = read(S2, tile_keys)
     for old, new, start in zip(before.band_sets, after.band_sets, (8, 4), strict=True):
         window = slice(start, 3 * start)
@@ -289,12 +313,12 @@ def test_without_a_draw_nothing_is_random_and_crops_are_in_the_middle():
         assert new.band_present.all()
     assert augmenter.keep_frames(None, before.tile, np.arange(10) % 2, every).all()
     whole = prepared(Augmentation(flips=True, drop_bands=0.5), [S2])
-    assert_same(whole.apply(None, tile_keys, read(S2, tile_keys)), before)
+    assert_same(augmented(whole, None, tile_keys, read(S2, tile_keys)), before)
 
 
 def test_a_batch_without_frames_stays_one():
     none = np.empty(0, np.int64)
-    after = prepared(EVERYTHING, [S2]).apply(DRAW, none, read(S2, none))
+    after = augmented(prepared(EVERYTHING, [S2]), DRAW, none, read(S2, none))
     assert after.scales.size == after.counts.size == 0
     assert [s.pixels.shape for s in after.band_sets] == [(0, 4, 16, 16), (0, 3, 8, 8)]
     assert prepared(EVERYTHING, [S2]).keep_frames(DRAW, none, none, none > 0).size == 0
@@ -323,26 +347,33 @@ def test_windows_lie_on_the_roots_of_every_modality():
 
 
 @pytest.mark.parametrize(
-    ("crop_px", "layouts", "named"),
+    ("crop_px", "images", "labels", "named"),
     [
-        (12, [S2], "multiple of 8 px, the roots of s2, and below 32 px"),
-        (32, [S2], "below 32 px"),
-        (8, [S2, DEM], "multiple of 16 px, the roots of s2 and dem"),
-        (8, [layout(sets=(("", 1, 32), ("60m", 1, 5)))], "band set 60m have 5 px, which 4 roots"),
+        (12, [S2], [], "multiple of 8 px, the roots of s2, and below 32 px"),
+        (32, [S2], [], "below 32 px"),
+        (8, [S2, DEM], [], "multiple of 16 px, the roots of s2 and dem"),
         (
             8,
-            [S2, replace(LAND_COVER, band_sets=(BandSet("", ("a",), "uint8", 33),))],
-            "lc have 33 px",
+            [layout(sets=(("", 1, 32), ("60m", 1, 5)))],
+            [],
+            "s2, band set 60m, have 5 px, which 4 roots",
         ),
+        (8, [S2], [layout("lc", sets=(("", 1, 33),), base=1, num_scales=1)], "lc have 33 px"),
     ],
 )
-def test_windows_that_cannot_be_are_refused_in_words(crop_px, layouts, named):
+def test_windows_that_cannot_be_are_refused_in_words(crop_px, images, labels, named):
     with pytest.raises(ConfigError, match=f"crop_px is {crop_px}.*{named}"):
-        prepared(Augmentation(crop_px=crop_px), layouts)
+        prepared(Augmentation(crop_px=crop_px), images, labels)
 
 
 def test_leaving_out_bands_where_every_set_has_one_is_refused():
     with pytest.raises(
         ConfigError, match="drop_bands is 0.5, and every band set has one band only"
     ):
-        prepared(Augmentation(drop_bands=0.5), [DEM, LAND_COVER])
+        prepared(Augmentation(drop_bands=0.5), [DEM, DEM], [S2])
+
+
+def test_leaving_out_dates_where_no_tile_has_two_is_refused():
+    assert prepared(Augmentation(drop_dates=0.5), [S2], most_dates=2).crop is None
+    with pytest.raises(ConfigError, match="drop_dates is 0.5, and no tile has more than one date"):
+        prepared(Augmentation(drop_dates=0.5), [S2], most_dates=1)
