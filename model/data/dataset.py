@@ -1,63 +1,280 @@
 """Tiles of a store as torch data: a map-style dataset that reads and packs batches.
 
-Nothing is scored here.
+Nothing is scored here. What a batch holds is a pure function of the commit, the settings and the draw.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any, Literal
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from torch.utils.data import Dataset
 
-from model.packing import TokenBatch, pack
-from pipeline.errors import ConfigError
+from model.batch import TokenBatch
+from model.data import choices
+from model.data.choices import LabelChoice, ModalityChoice
+from model.data.frames import (
+    Buffers,
+    ChosenFrames,
+    LabelReader,
+    ModalityReader,
+    NewMemory,
+    list_column,
+    order_by_first_frame,
+    sums_of_runs,
+)
+from model.data.limit import drop_leaves, limited
+from model.packing import TileArrays, pack
+from pipeline.errors import ConfigError, IntegrityError, StoreError
 from pipeline.storage.objects import Location
 from pipeline.storage.partitions import DEFAULT_PARTITION
 from pipeline.storage.tiles import Tile
-from pipeline.store import Store, open_store
+from pipeline.store import Store
+
+# (seed, epoch): what randomness is drawn by, beside the tile.
+Draw = tuple[int, int]
+OnError = Literal["raise", "skip-tile"]
+_UNREADABLE = (IntegrityError, OSError)
 
 
-class TileDataset(Dataset[Tile]):
-    """The committed tiles of one modality of a store, cut by one of its partitions.
+class TileDataset(Dataset[Tile | dict[str, Tile]]):
+    """The committed tiles of a store: map-style to look at, `batch` to train from.
 
-    Pixels are those of its first band set; a tile without any frame of the modality has no tokens.
+    - `store`: a path, a URL or an open store; `commit` pins one by number, the newest otherwise.
+    - `partition`: which one cuts the frames into tokens; every modality needs it.
+    - `modalities`: names, or band sets by name (`{"s2": ["", "20m"], "s1": None}`; "" is the first set,
+      None means all). Without it, all modalities that have tokens, with all their band sets.
+    - `split`: only tiles of these splits.
+    - `normalize="value_range"` brings pixels to [-1, 1] over each band's value range, and to 0 where they
+      are not valid; `dtype` is "float16" or "float32" instead of the store's own (normalised: float32).
+    - `augment`: an `Augmentation`, drawn by (seed, epoch, tile).
+    - `max_tokens_per_tile`: a tile with more keeps a random subset of its leaves, drawn likewise; every
+      modality keeps the same share, rounded down.
+    - `labels`: names of label rasters of the store, or by name arrays with an entry per tile of the dataset
+      (None for a raster).
+    - `transform`: called with every `TokenBatch`; what it returns is the batch.
 
-    `dataset[i]` is a tile with everything decoded; `dataset.batch([...])` reads several tiles
-    concurrently and packs them. Reading needs neither rasterio nor dask nor numba.
+    A tile without any frame of a modality has no tokens of it. Raises StoreError or ConfigError for what
+    the store does not have. Can be pickled: the other process opens the same commit.
     """
 
     def __init__(
         self,
         store: Store | Location,
-        modality: str | None = None,
         partition: str = DEFAULT_PARTITION,
+        modalities: ModalityChoice = None,
+        split: str | Sequence[str] | None = None,
+        commit: int | None = None,
+        normalize: Literal["value_range"] | None = None,
+        dtype: Literal["float16", "float32"] | None = None,
+        augment: Any = None,
+        max_tokens_per_tile: int | None = None,
+        labels: LabelChoice = None,
+        transform: Callable[[TokenBatch], TokenBatch] | None = None,
     ) -> None:
-        self.store = store if isinstance(store, Store) else open_store(store)
-        self.modality = modality if modality is not None else self.store.modalities[0]
-        if self.modality not in self.store.tokenized:
-            raise ConfigError(
-                f"{self.store.location} has no modality {self.modality!r} with tokens; "
-                f"it has {', '.join(self.store.tokenized)}"
-            )
-        self.store.check_partition(self.modality, partition)
-        self.partition = partition
-        self._frames = self.store.frame_table(self.modality)
+        self.store = choices.opened(store, commit)
+        self._settings = {
+            "store": self.store.location,
+            "partition": partition,
+            "modalities": modalities,
+            "split": split,
+            "commit": self.store.commit.number,
+            "normalize": normalize,
+            "dtype": dtype,
+            "augment": augment,
+            "max_tokens_per_tile": max_tokens_per_tile,
+            "labels": labels,
+            "transform": transform,
+        }
+        sets = choices.band_sets_of(self.store, modalities)
+        self.partition, self.augment, self.transform = partition, augment, transform
+        self.max_tokens_per_tile = choices.checked_limit(max_tokens_per_tile)
+        self.format = choices.pixel_format(normalize, dtype)
+        self._readers = choices.readers_of(self.store, sets, partition, self.format)
+        self._rows = choices.rows_of_split(self.store, split)
+        self.split = split
+        self._label_readers, self._label_arrays = choices.labels_of(
+            self.store, labels, len(self._rows)
+        )
+
+    @property
+    def modalities(self) -> dict[str, tuple[str, ...]]:
+        """Names of the band sets that are read, by modality, in the order of a batch."""
+        return {r.name: tuple(s.name for s in r.band_sets) for r in self._readers}
+
+    @cached_property
+    def manifest(self) -> pa.Table:
+        """The store's manifest, of the dataset's tiles only, in its order."""
+        whole = len(self._rows) == len(self.store.manifest)
+        return self.store.manifest if whole else self.store.manifest.take(self._rows)
+
+    @cached_property
+    def tile_ids(self) -> np.ndarray:
+        """Id of every tile, in the dataset's order."""
+        return np.asarray(self.manifest["id"].to_numpy(zero_copy_only=False))
+
+    @cached_property
+    def token_counts(self) -> np.ndarray:
+        """int64 [tile]: tokens of every tile, all modalities and band sets, under the limit.
+
+        Augmentation may leave fewer.
+        """
+        leaves = np.array([self._leaves(reader) for reader in self._readers])
+        costs = np.array([len(reader.band_sets) for reader in self._readers])
+        if self.max_tokens_per_tile is not None:
+            leaves = limited(leaves, costs, self.max_tokens_per_tile)
+        return costs @ leaves
+
+    @cached_property
+    def store_order(self) -> np.ndarray:
+        """int64 [tile]: the tiles in the order in which their frames lie in the store's shards."""
+        return order_by_first_frame([reader.frames for reader in self._readers], self._rows)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 of what decides which tiles there are and what they hold.
+
+        The commit's manifest and ledgers, the partition's, and this dataset's settings, but not the labels
+        given per tile nor the transform.
+        """
+        return choices.fingerprint(
+            self.store,
+            partition=self.partition,
+            modalities=self.modalities,
+            split=self.split,
+            limit=self.max_tokens_per_tile,
+            pixels=self.format,
+            augment=self.augment,
+            label_rasters=list(self._label_readers),
+        )
 
     def __len__(self) -> int:
-        return len(self._frames.per_tile)
+        return len(self._rows)
 
-    def __getitem__(self, index: int) -> Tile:
+    def __getitem__(self, index: int) -> Tile | dict[str, Tile]:
+        """A tile with everything decoded, as it is stored; by modality where there are several."""
         if not 0 <= index < len(self):
             raise IndexError(f"tile {index}; the dataset has tiles 0 ... {len(self) - 1}")
-        return self.store.tile_at(index, self.modality, self.partition)
+        row = int(self._rows[index])
+        tiles = {r.name: self.store.tile_at(row, r.name, self.partition) for r in self._readers}
+        return tiles if len(tiles) > 1 else next(iter(tiles.values()))
 
-    def batch(self, indices: Sequence[int] | np.ndarray) -> TokenBatch:
-        """The tiles of these rows of the manifest, packed in the order given."""
+    def batch(
+        self,
+        indices: Sequence[int] | np.ndarray,
+        draw: Draw | None = None,
+        on_error: OnError = "raise",
+        buffers: Buffers | None = None,
+    ) -> TokenBatch:
+        """These tiles, packed in the order given; the same for the same `draw`, whatever else is drawn.
+
+        `draw` is (seed, epoch), (0, 0) if it is not given. With `on_error="skip-tile"` the batch lacks the
+        tiles that cannot be read, and says so in `skipped`. Raises IntegrityError, which names the object,
+        for a damaged store, and StoreError if no tile could be read.
+        """
+        tiles = self._checked(indices)
+        draw, buffers = draw or (0, 0), buffers or NewMemory()
+        if on_error not in ("raise", "skip-tile"):
+            raise ConfigError(f"on_error is {on_error!r}; it must be 'raise' or 'skip-tile'")
+        try:
+            read = self._read(tiles, draw, buffers)
+        except _UNREADABLE:
+            if on_error == "raise":
+                raise
+            tiles, skipped = self._readable(tiles, draw)
+            read = self._read(tiles, draw, buffers)
+            read.skipped = skipped
+        batch = pack(read)
+        return batch if self.transform is None else self._transformed(batch)
+
+    def will_read(self, indices: Sequence[int] | np.ndarray) -> None:
+        """A hint that these tiles are read soon; returns at once."""
+        rows = self._rows[self._checked(indices)]
+        readers: list[ModalityReader | LabelReader] = [
+            *self._readers,
+            *self._label_readers.values(),
+        ]
+        for reader in readers:
+            slots, _ = reader.frames.of(rows)
+            for name in reader.arrays:
+                self.store.will_read(name, slots)
+
+    def _checked(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
         tiles = np.asarray(indices, np.int64)
-        if tiles.size == 0 or tiles.min() < 0 or tiles.max() >= len(self):
+        if tiles.ndim != 1 or tiles.size == 0 or tiles.min() < 0 or tiles.max() >= len(self):
             raise IndexError(
                 f"batch of tiles {tiles.tolist()!s:.80}; give at least one index in 0 ... {len(self) - 1}"
             )
-        slots, timesteps = self._frames.of(tiles)
-        read = self.store.read_frames(self.modality, slots, self.partition)
-        grid = self.store.layouts[self.modality].grid
-        return pack(read, self._frames.per_tile[tiles], timesteps, tiles, grid)
+        return tiles
+
+    def _read(self, tiles: np.ndarray, draw: Draw, buffers: Buffers) -> TileArrays:
+        rows = self._rows[tiles]
+        read = TileArrays(
+            tile_indices=tiles,
+            modalities=[
+                r.read(self.store, rows, ChosenFrames.of(r.frames, rows), buffers)
+                for r in self._readers
+            ],
+            labels={
+                name: r.read(self.store, ChosenFrames.of(r.frames, rows), buffers)
+                for name, r in self._label_readers.items()
+            },
+            normalized=self.format.normalize,
+        )
+        read.labels |= {name: labels[tiles] for name, labels in self._label_arrays.items()}
+        if self.augment is not None:
+            self.augment.apply(read, draw)
+        if self.max_tokens_per_tile is not None:
+            drop_leaves(read.modalities, tiles, self.max_tokens_per_tile, draw)
+        for reader, frames in zip(self._readers, read.modalities, strict=True):
+            reader.convert(frames, buffers)
+        return read
+
+    def _readable(self, tiles: np.ndarray, draw: Draw) -> tuple[np.ndarray, tuple[str, ...]]:
+        """The tiles that can be read, and a line for each that cannot."""
+        readable, skipped = [], []
+        for tile in tiles.tolist():
+            try:
+                self._read(np.array([tile]), draw, NewMemory())
+                readable.append(tile)
+            except _UNREADABLE as error:
+                skipped.append(f"{self.tile_ids[tile]}: {error}")
+        if not readable:
+            raise StoreError(f"none of the batch's {len(tiles)} tiles can be read: {skipped[0]}")
+        return np.array(readable), tuple(skipped)
+
+    def _transformed(self, batch: TokenBatch) -> TokenBatch:
+        assert self.transform is not None
+        changed = self.transform(batch)
+        if not isinstance(changed, TokenBatch):
+            raise ConfigError(
+                f"transform gave {type(changed).__name__}; it must give a TokenBatch, for example by "
+                "dataclasses.replace(batch, ...)"
+            )
+        return changed
+
+    def _leaves(self, reader: ModalityReader) -> np.ndarray:
+        """int64 [tile]: leaves that are not missing, of one modality."""
+        if self.partition == DEFAULT_PARTITION:
+            field = pc.struct_field(self.store.manifest[reader.name], "tokens")
+            starts, per_scale = list_column(field)
+            return sums_of_runs(per_scale, starts)[self._rows]
+        per_frame = self.store.partition(self.partition, reader.name).tokens.sum(1)
+        table = reader.frames
+        return sums_of_runs(per_frame[table.slots], table.starts)[self._rows]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reopened, (type(self), self._settings, self.store.digest)
+
+
+def _reopened(cls: type[TileDataset], settings: dict[str, Any], digest: str) -> TileDataset:
+    """The same dataset in another process."""
+    dataset = cls(**settings)
+    if dataset.store.digest != digest:
+        raise StoreError(
+            f"{dataset.store.location}: commit {dataset.store.commit.number} is another than the one this "
+            "dataset was made from; make the dataset again"
+        )
+    return dataset

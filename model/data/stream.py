@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from model.batch import TokenBatch
 from model.data.dataset import TileDataset
-from model.packing import TokenBatch
 
 
 @dataclass(frozen=True)

@@ -192,13 +192,13 @@ def test_xarray_opens_every_resolution_side_by_side(store):
 
 @pytest.mark.parametrize("modality", ["s2", "s1", "dem"])
 def test_a_dataset_packs_the_frames_there_are(store, modality):
-    dataset = TileDataset(store, modality)
+    dataset = TileDataset(store, modalities={modality: [""]})
     batch = dataset.batch(np.arange(len(dataset)))
     tokens = [sum(row[modality]["tokens"]) for row in store.manifest.to_pylist()]
     assert batch.cu_seqlens.diff().tolist() == tokens
     steps = [t for row in store.manifest.to_pylist()
              for t, slot in enumerate(row[modality]["frames"]) if slot is not None]  # fmt: skip
-    assert batch.frame_timestep.tolist() == steps
+    assert batch.modalities[0].timestep.tolist() == steps
 
 
 def test_the_bytes_do_not_depend_on_workers_or_interruptions(archive, settings, store, tmp_path):
