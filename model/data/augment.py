@@ -5,15 +5,15 @@ All its frames, modalities and labels turn and are cropped together.
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Self
 
 import numpy as np
 from pydantic import Field, model_validator
 
 from model.data import draws
-from model.data.frames import Buffers
+from model.data.frames import Buffers, ChosenFrames, LabelReader, ModalityReader
 from model.data.symmetry import (
     FLIPS,
     IDENTITY,
@@ -30,8 +30,8 @@ from pipeline.errors import ConfigError
 from pipeline.scorers.config import Frozen
 from pipeline.storage.layout import StoreLayout
 
-# Seed and epoch of random numbers; without one nothing is random (see `Augmenter`).
-Draw = tuple[int, int] | None
+# (seed, epoch): what randomness is drawn by, beside the tile.
+Draw = tuple[int, int]
 
 
 class Augmentation(Frozen):
@@ -87,7 +87,9 @@ class Crop:
 
 @dataclass(frozen=True)
 class Augmenter:
-    """An augmentation for what one dataset reads; `prepared` makes it.
+    """An augmentation for what one dataset reads; `augmenter_of` makes it.
+
+    `dated` holds the modalities that are not static, and whether they have tokens; labels have none.
 
     Methods take `draw`, seed and epoch, and keys, int64, that name tiles. Without a draw nothing is random:
     no turn, every date and band, and of a crop the window in the middle.
@@ -95,26 +97,32 @@ class Augmenter:
 
     settings: Augmentation
     crop: Crop | None
+    dated: Mapping[str, bool]
 
-    def keep_frames(
-        self, draw: Draw, tile_keys: np.ndarray, timesteps: np.ndarray, counts: np.ndarray
-    ) -> np.ndarray:
-        """bool [n]: which of some frames stay, given key of the tile and timestep of each, int64 [n].
+    def leave_out_dates(
+        self, draw: Draw | None, tile_keys: np.ndarray, frames: dict[str, ChosenFrames]
+    ) -> None:
+        """Leave frames of dates that are dropped out of those to read, by modality.
 
-        Give the frames of all modalities in one call, but no static ones: those stay. A timestep of a
-        tile stays or goes in all of them. In each tile one timestep stays in any case, of those where
-        `counts` (bool [n]) is True: labels do not count, they make no tokens.
+        A date of a tile stays or goes in all modalities, but static ones stay. In each tile one date that
+        has tokens stays in any case.
         """
-        share = self.settings.drop_dates
-        if draw is None or not share or not tile_keys.size:
-            return np.ones(tile_keys.size, bool)
-        chance = draws.uniform(*draw, (tile_keys, timesteps), "dates")
-        _, tile = np.unique(tile_keys, return_inverse=True)
-        highest = np.full(tile_keys.size, -1.0)
-        np.maximum.at(highest, tile[counts], chance[counts])
-        return (chance >= share) | (chance == highest[tile])
+        dated = [name for name in frames if name in self.dated]
+        if draw is None or not self.settings.drop_dates or not dated:
+            return
+        sizes = [frames[name].tile.size for name in dated]
+        kept = self._dates_kept(
+            draw,
+            tile_keys[np.concatenate([frames[name].tile for name in dated])],
+            np.concatenate([frames[name].timestep for name in dated]),
+            np.repeat([self.dated[name] for name in dated], sizes),
+        )
+        for name, of_modality in zip(dated, np.split(kept, np.cumsum(sizes)[:-1]), strict=True):
+            frames[name] = frames[name].where(of_modality)
 
-    def apply(self, draw: Draw, tile_keys: np.ndarray, read: TileArrays, buffers: Buffers) -> None:
+    def apply(
+        self, draw: Draw | None, tile_keys: np.ndarray, read: TileArrays, buffers: Buffers
+    ) -> None:
         """Turn and crop what was read of the tiles with these keys [B], labels too, and leave out bands.
 
         In place, but crops lie in memory taken from `buffers`.
@@ -158,21 +166,41 @@ class Augmenter:
         crop_rasters(raster, corners * part, turns, out)
         return out
 
-    def _turns(self, draw: Draw, tile_keys: np.ndarray) -> np.ndarray:
+    def _dates_kept(
+        self,
+        draw: Draw,
+        tile_keys: np.ndarray,
+        timesteps: np.ndarray,
+        tokens: np.ndarray,
+    ) -> np.ndarray:
+        """bool [n]: which of some frames stay, given key of the tile and timestep of each, int64 [n].
+
+        `tokens` bool [n] is False for labels, which cannot be what stays in any case.
+        """
+        share = self.settings.drop_dates
+        chance = draws.uniform(*draw, (tile_keys, timesteps), "dates")
+        _, tile = np.unique(tile_keys, return_inverse=True)
+        highest = np.full(tile_keys.size, -1.0)
+        np.maximum.at(highest, tile[tokens], chance[tokens])
+        return (chance >= share) | (chance == highest[tile])
+
+    def _turns(self, draw: Draw | None, tile_keys: np.ndarray) -> np.ndarray:
         """int64 [B]: the turn of each tile."""
         turns = np.array(self.settings.turns)
         if draw is None or turns.size == 1:
             return np.full(tile_keys.size, IDENTITY)
         return turns[draws.integers(*draw, tile_keys, "turns", turns.size)]
 
-    def _corners(self, draw: Draw, tile_keys: np.ndarray) -> np.ndarray:
+    def _corners(self, draw: Draw | None, tile_keys: np.ndarray) -> np.ndarray:
         """int64 [B, 2]: top and left (y, x) of the window of each tile, in parts."""
         room = 0 if self.crop is None else self.crop.parts - self.crop.size
         if draw is None or not room:
             return np.full((tile_keys.size, 2), room // 2)
         return draws.integers(*draw, (tile_keys[:, None], np.arange(2)), "corners", room + 1)
 
-    def _bands(self, draw: Draw, tile_keys: np.ndarray, num_bands: int, name: str) -> np.ndarray:
+    def _bands(
+        self, draw: Draw | None, tile_keys: np.ndarray, num_bands: int, name: str
+    ) -> np.ndarray:
         """bool [B, C]: which bands of each tile stay, the same in all its frames."""
         share = self.settings.drop_bands
         if draw is None or not share:
@@ -193,18 +221,39 @@ def _rasters(
         yield label, label.tile
 
 
-def prepared(
+def augmenter_of(
     settings: Augmentation,
-    images: Sequence[StoreLayout],
-    labels: Sequence[StoreLayout] = (),
-    most_dates: int | None = None,
+    rows: np.ndarray,
+    images: Sequence[ModalityReader],
+    labels: Mapping[str, LabelReader],
+    per_tile: Mapping[str, np.ndarray],
 ) -> Augmenter:
-    """The augmentation of the band sets and label rasters of these layouts; the first counts `crop_px`.
+    """The augmentation of the tiles in these rows of a manifest, with these modalities and labels.
 
-    `most_dates` is the largest number of dates a tile has, if known. Raises ConfigError where a setting
-    cannot be used, or has no effect.
+    Raises ConfigError where a setting cannot be used, or has no effect.
     """
-    if settings.drop_dates and most_dates is not None and most_dates < 2:
+    if not isinstance(settings, Augmentation):
+        raise ConfigError(
+            f"augment is {settings!r:.80}; give an Augmentation, for example Augmentation(flips=True)"
+        )
+    most_dates = max(
+        (int(np.diff(r.dates.starts)[rows].max(initial=0)) for r in images if r.dates is not None),
+        default=1,
+    )
+    layouts = [replace(r.layout, band_sets=r.band_sets) for r in images]
+    rasters = [r.layout for r in labels.values()]
+    check_effect(settings, layouts, most_dates)
+    crop = crop_of(settings.crop_px, layouts, rasters)
+    if crop is not None or settings.flips or settings.rotations:
+        _check_labels(per_tile)
+    dated = {r.name: True for r in images if not r.static}
+    dated |= {r.name: False for r in labels.values() if not r.static}
+    return Augmenter(settings, crop, dated)
+
+
+def check_effect(settings: Augmentation, images: Sequence[StoreLayout], most_dates: int) -> None:
+    """Raise ConfigError where there are no dates or bands to leave out; tiles have up to `most_dates`."""
+    if settings.drop_dates and most_dates < 2:
         raise ConfigError(
             f"drop_dates is {settings.drop_dates}, and no tile has more than one date, which always stays; "
             "leave drop_dates out"
@@ -214,12 +263,12 @@ def prepared(
             f"drop_bands is {settings.drop_bands}, and every band set has one band only, which always "
             "stays; leave drop_bands out"
         )
-    return Augmenter(settings, _crop(settings.crop_px, images, labels))
 
 
-def _crop(
+def crop_of(
     crop_px: int | None, images: Sequence[StoreLayout], labels: Sequence[StoreLayout]
 ) -> Crop | None:
+    """The window of `crop_px` px of the first of some modalities; ConfigError if it does not fit all."""
     if crop_px is None:
         return None
     parts = math.gcd(*(image.grid.rows // image.grid.root_cells for image in images))
@@ -240,3 +289,12 @@ def _crop(
                     "these pixels"
                 )
     return Crop(parts, crop_px // part_px)
+
+
+def _check_labels(per_tile: Mapping[str, np.ndarray]) -> None:
+    for name, array in per_tile.items():
+        if array.ndim > 2:
+            raise ConfigError(
+                f"labels[{name!r}] has axes {array.shape}, which would not turn with the tiles: put "
+                "rasters into the store, or turn them in `transform`; give anything else as [tile, number]"
+            )
