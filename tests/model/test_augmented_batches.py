@@ -261,7 +261,7 @@ def test_bands_left_out_are_zero_in_every_format(store, format_asked):
     assert dropped > 10
 
 
-def test_a_tile_is_the_same_in_any_batch_and_split(store):
+def test_a_tile_is_the_same_in_any_batch_and_process(store):
     settings = Augmentation(flips=True, rotations=True, crop_px=32, drop_dates=0.3, drop_bands=0.3)
     dataset = TileDataset(store, augment=settings)
     whole = frames_of(dataset.batch(np.arange(9), DRAW))
