@@ -36,7 +36,6 @@ from pipeline.store import Store
 # (seed, epoch): what randomness is drawn by, beside the tile.
 Draw = tuple[int, int]
 OnError = Literal["raise", "skip-tile"]
-_UNREADABLE = (IntegrityError, OSError)
 
 
 class TileDataset(Dataset[Tile | dict[str, Tile]]):
@@ -171,8 +170,8 @@ class TileDataset(Dataset[Tile | dict[str, Tile]]):
         """These tiles, packed in the order given; the same for the same `draw`, whatever else is drawn.
 
         `draw` is (seed, epoch), (0, 0) if it is not given. With `on_error="skip-tile"` the batch lacks the
-        tiles that cannot be read, and says so in `skipped`. Raises IntegrityError, which names the object,
-        for a damaged store, and StoreError if no tile could be read.
+        tiles whose objects are damaged, and says so in `skipped`. Raises IntegrityError, which names the
+        object, for a damaged store, and StoreError if no tile is left.
         """
         tiles = self._checked(indices)
         draw, buffers = draw or (0, 0), buffers or NewMemory()
@@ -180,7 +179,7 @@ class TileDataset(Dataset[Tile | dict[str, Tile]]):
             raise ConfigError(f"on_error is {on_error!r}; it must be 'raise' or 'skip-tile'")
         try:
             read = self._read(tiles, draw, buffers)
-        except _UNREADABLE:
+        except IntegrityError:
             if on_error == "raise":
                 raise
             tiles, skipped = self._readable(tiles, draw)
@@ -239,7 +238,7 @@ class TileDataset(Dataset[Tile | dict[str, Tile]]):
             try:
                 self._read(np.array([tile]), draw, NewMemory())
                 readable.append(tile)
-            except _UNREADABLE as error:
+            except IntegrityError as error:
                 skipped.append(f"{self.tile_ids[tile]}: {error}")
         if not readable:
             raise StoreError(f"none of the batch's {len(tiles)} tiles can be read: {skipped[0]}")
