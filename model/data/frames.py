@@ -81,6 +81,10 @@ class ChosenFrames:
         slots, timestep = table.of(rows)
         return cls(slots, np.repeat(np.arange(len(rows)), table.per_tile[rows]), timestep)
 
+    def where(self, kept: np.ndarray) -> "ChosenFrames":
+        """Those frames for which `kept`, bool [F], is True."""
+        return ChosenFrames(self.slots[kept], self.tile[kept], self.timestep[kept])
+
 
 @dataclass(frozen=True)
 class ModalityReader:
@@ -97,6 +101,11 @@ class ModalityReader:
     @property
     def name(self) -> str:
         return self.layout.modality
+
+    @property
+    def static(self) -> bool:
+        """Whether the frame of a tile belongs to all its dates."""
+        return self.dates is None
 
     @property
     def arrays(self) -> list[str]:
@@ -153,15 +162,22 @@ class LabelReader:
     layout: StoreLayout
     frames: FrameTable
     ignore_index: int | None
+    static: bool
+
+    @property
+    def name(self) -> str:
+        return self.layout.modality
 
     @property
     def arrays(self) -> list[str]:
-        return [f"{self.layout.modality}/pixels", f"{self.layout.modality}/valid"]
+        return [f"{self.name}/pixels", f"{self.name}/valid"]
 
     def read(self, store: Store, chosen: ChosenFrames, buffers: Buffers) -> LabelArrays:
-        name, band_set = self.layout.modality, self.layout.band_sets[0]
-        pixels, valid = read_rasters(store, name, band_set, chosen.slots, buffers)
-        return LabelArrays(name, pixels, valid, chosen.tile, chosen.timestep, self.ignore_index)
+        band_set = self.layout.band_sets[0]
+        pixels, valid = read_rasters(store, self.name, band_set, chosen.slots, buffers)
+        return LabelArrays(
+            self.name, pixels, valid, chosen.tile, chosen.timestep, self.ignore_index
+        )
 
 
 def read_rasters(
