@@ -35,7 +35,6 @@ from pipeline.storage.tiles import Tile
 from pipeline.store import Store
 
 OnError = Literal["raise", "skip-tile"]
-_UNREADABLE = (IntegrityError, OSError)
 
 
 class TileDataset(Dataset[Tile | dict[str, Tile]]):
@@ -127,9 +126,13 @@ class TileDataset(Dataset[Tile | dict[str, Tile]]):
         """
         leaves = np.array([self._leaves(reader) for reader in self._readers])
         costs = np.array([len(reader.band_sets) for reader in self._readers])
-        if self.max_tokens_per_tile is not None:
-            leaves = limited(leaves, costs, self.max_tokens_per_tile)
-        return costs @ leaves
+        limit = self.max_tokens_per_tile
+        if limit is None:
+            return costs @ leaves
+        if self.augment is not None:
+            # The shares of what is left of a tile may be rounded to a little more.
+            return np.minimum(costs @ leaves, limit)
+        return costs @ limited(leaves, costs, limit)
 
     @cached_property
     def store_order(self) -> np.ndarray:
@@ -176,8 +179,8 @@ class TileDataset(Dataset[Tile | dict[str, Tile]]):
 
         `draw` is (seed, epoch). Without it no augmentation is drawn: nothing turns, every date and band is
         there, and of a crop it is the window in the middle. With `on_error="skip-tile"` the batch lacks the
-        tiles that cannot be read, and says so in `skipped`. Raises IntegrityError, which names the object,
-        for a damaged store, and StoreError if no tile could be read.
+        tiles whose objects are damaged, and says so in `skipped`. Raises IntegrityError, which names the
+        object, for a damaged store, and StoreError if no tile is left.
         """
         tiles = self._checked(indices)
         buffers = buffers or NewMemory()
@@ -185,7 +188,7 @@ class TileDataset(Dataset[Tile | dict[str, Tile]]):
             raise ConfigError(f"on_error is {on_error!r}; it must be 'raise' or 'skip-tile'")
         try:
             read = self._read(tiles, draw, buffers)
-        except _UNREADABLE:
+        except IntegrityError:
             if on_error == "raise":
                 raise
             tiles, skipped = self._readable(tiles, draw)
@@ -197,14 +200,14 @@ class TileDataset(Dataset[Tile | dict[str, Tile]]):
     def will_read(self, indices: Sequence[int] | np.ndarray) -> None:
         """A hint that these tiles are read soon; returns at once."""
         rows = self._rows[self._checked(indices)]
-        readers: list[ModalityReader | LabelReader] = [
-            *self._readers,
-            *self._label_readers.values(),
-        ]
-        for reader in readers:
+        for reader in self._all_readers:
             slots, _ = reader.frames.of(rows)
             for name in reader.arrays:
                 self.store.will_read(name, slots)
+
+    @property
+    def _all_readers(self) -> list[ModalityReader | LabelReader]:
+        return [*self._readers, *self._label_readers.values()]
 
     def _checked(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
         tiles = np.asarray(indices, np.int64)
@@ -230,18 +233,14 @@ class TileDataset(Dataset[Tile | dict[str, Tile]]):
         if self._augmenter is not None:
             self._augmenter.apply(draw, rows, read, buffers)
         if self.max_tokens_per_tile is not None:
-            drop_leaves(read.modalities, tiles, self.max_tokens_per_tile, draw or (0, 0))
+            drop_leaves(read.modalities, rows, self.max_tokens_per_tile, draw or (0, 0))
         for reader, frames in zip(self._readers, read.modalities, strict=True):
             reader.convert(frames, buffers)
         return read
 
     def _chosen(self, rows: np.ndarray, draw: Draw | None) -> dict[str, ChosenFrames]:
         """The frames to read, by modality."""
-        readers: list[ModalityReader | LabelReader] = [
-            *self._readers,
-            *self._label_readers.values(),
-        ]
-        chosen = {r.name: ChosenFrames.of(r.frames, rows) for r in readers}
+        chosen = {r.name: ChosenFrames.of(r.frames, rows) for r in self._all_readers}
         if self._augmenter is not None:
             self._augmenter.leave_out_dates(draw, rows, chosen)
         return chosen
@@ -253,7 +252,7 @@ class TileDataset(Dataset[Tile | dict[str, Tile]]):
             try:
                 self._read(np.array([tile]), draw, NewMemory())
                 readable.append(tile)
-            except _UNREADABLE as error:
+            except IntegrityError as error:
                 skipped.append(f"{self.tile_ids[tile]}: {error}")
         if not readable:
             raise StoreError(f"none of the batch's {len(tiles)} tiles can be read: {skipped[0]}")

@@ -14,6 +14,7 @@ from numpy.typing import DTypeLike
 
 from model.packing import BandSetArrays, FrameArrays, LabelArrays
 from pipeline.storage.layout import BandSet, StoreLayout
+from pipeline.storage.partitions import partition_path
 from pipeline.storage.tiles import FrameTable
 from pipeline.store import Store
 
@@ -108,17 +109,17 @@ class ModalityReader:
 
     @property
     def arrays(self) -> list[str]:
-        """Names of the per-frame arrays that are read."""
-        return [
-            f"{self.name}/{kind}{s.suffix}" for s in self.band_sets for kind in ("pixels", "valid")
-        ]
+        """Names of the arrays that are read."""
+        rasters = [f"{kind}{s.suffix}" for s in self.band_sets for kind in ("pixels", "valid")]
+        scales = f"{partition_path(self.name, self.partition)}/scales"
+        return [scales, *(f"{self.name}/{name}" for name in rasters)]
 
     def read(
         self, store: Store, rows: np.ndarray, chosen: ChosenFrames, buffers: Buffers
     ) -> FrameArrays:
         """Frames chosen of the tiles in these rows of the manifest, as they are stored."""
         slots, tile, timestep = chosen.slots, chosen.tile, chosen.timestep
-        scales, counts = _scales(store, self.name, slots, self.partition)
+        scales, counts = store.read_scales(self.name, slots, self.partition)
         return FrameArrays(
             name=self.name,
             grid=self.layout.grid,
@@ -186,8 +187,8 @@ def read_rasters(
     size = band_set.tile_size_px
     pixels = buffers.take((len(slots), len(band_set.bands), size, size), band_set.dtype)
     valid = buffers.take((len(slots), size, size), np.bool_)
-    _into(store, f"{modality}/pixels{band_set.suffix}", slots, pixels)
-    _into(store, f"{modality}/valid{band_set.suffix}", slots, valid)
+    store.read_into(f"{modality}/pixels{band_set.suffix}", slots, pixels)
+    store.read_into(f"{modality}/valid{band_set.suffix}", slots, valid)
     return pixels, valid
 
 
@@ -246,23 +247,3 @@ def order_by_first_frame(tables: Sequence[FrameTable], rows: np.ndarray) -> np.n
         has = table.per_tile[rows] > 0
         first[has] = table.slots[table.starts[rows[has]]]
     return np.argsort(first, kind="stable")
-
-
-# SHIM until Store.read_into and Store.read_scales are there.
-def _into(store: Any, name: str, slots: np.ndarray, out: np.ndarray) -> None:
-    if hasattr(store, "read_into"):
-        store.read_into(name, slots, out)
-        return
-    layout = store.layouts[name.partition("/")[0]]
-    store.check_shards(slots // layout.shard_capacity)
-    out[:] = store._read(name, slots)
-
-
-def _scales(
-    store: Any, name: str, slots: np.ndarray, partition: str
-) -> tuple[np.ndarray, np.ndarray]:
-    if hasattr(store, "read_scales"):
-        return store.read_scales(name, slots, partition)
-    scales = store.read_frames(name, slots, partition).scales
-    counts = np.array([len(s) for s in scales], np.int64)
-    return np.concatenate([np.empty(0, np.uint8), *scales]), counts
