@@ -265,7 +265,7 @@ def test_a_tile_is_the_same_in_any_batch_and_process(store):
     settings = Augmentation(flips=True, rotations=True, crop_px=32, drop_dates=0.3, drop_bands=0.3)
     dataset = TileDataset(store, augment=settings)
     whole = frames_of(dataset.batch(np.arange(9), DRAW))
-    for tiles in ([4], [8, 2, 5]):
+    for tiles in ([4], [8, 2, 5], [3, 3]):
         part = frames_of(dataset.batch(tiles, DRAW))
         assert part.keys() == {key for key in whole if key[2] in tiles}
         for key, rasters in part.items():
@@ -273,6 +273,17 @@ def test_a_tile_is_the_same_in_any_batch_and_process(store):
                 np.testing.assert_array_equal(now, was)
     again = frames_of(pickle.loads(pickle.dumps(dataset)).batch([4], DRAW))  # noqa: S301
     assert all((again[key][0] == whole[key][0]).all() for key in again)
+
+
+@pytest.mark.parametrize("limit", [10, 150])
+def test_no_tile_has_more_tokens_than_were_planned(store, limit):
+    settings = Augmentation(rotations=True, crop_px=32, drop_dates=0.5)
+    dataset = TileDataset(store, augment=settings, max_tokens_per_tile=limit)
+    batch = dataset.batch(np.arange(9), DRAW)
+    tokens = np.diff(batch.cu_seqlens)
+    assert tokens.sum() > 0
+    assert (tokens <= dataset.token_counts).all()
+    assert dataset.token_counts.max() <= limit
 
 
 def test_without_a_draw_a_batch_is_as_stored_but_for_the_window(store):
