@@ -253,7 +253,7 @@ class TileDataset(Dataset[Tile | dict[str, Tile]]):
                 self._read(np.array([tile]), draw, NewMemory())
                 readable.append(tile)
             except IntegrityError as error:
-                skipped.append(f"{self.tile_ids[tile]}: {error}")
+                skipped.append(f"{self.store.manifest['id'][int(self._rows[tile])]}: {error}")
         if not readable:
             raise StoreError(f"none of the batch's {len(tiles)} tiles can be read: {skipped[0]}")
         return np.array(readable), tuple(skipped)
