@@ -188,7 +188,7 @@ def draw(file: Path, counts: dict[str, np.ndarray], rows: list[dict[str, object]
         weights=weights,
         stacked=True,
         color=colors,
-        label=list(counts),
+        label=[name.replace("_", " ") for name in counts],
     )
     left.set_xlabel(f"tokens of a tile of {TILE} px (grid of {BASE} px: {(TILE // BASE) ** 2})")
     left.set_ylabel("share of tiles")
