@@ -4,9 +4,9 @@
 
 import errno
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
-from itertools import islice
+from typing import Protocol
 
 import numpy as np
 
@@ -23,6 +23,8 @@ _OPEN_SHARDS = 256
 _AT_ONCE = 32
 # Objects up to this size are held whole, so that their sha256 costs no further read.
 _SMALL_BYTES = 2**18
+# Number and path of a shard, and what the ledger says of it.
+_Which = tuple[int, str, Said | None]
 
 
 class Arrays:
@@ -32,6 +34,7 @@ class Arrays:
         self._objects, self._layouts, self._vouched = objects, layouts, vouched
         self._shards: Recent[tuple[str, int], Shard] = Recent(_OPEN_SHARDS)
         self._checked: set[str] = set()
+        self._places = _places(objects)
 
     @cached_property
     def _specs(self) -> dict[str, ArraySpec]:
@@ -69,8 +72,7 @@ class Arrays:
 
     def chunks_into(self, name: str, chunks: np.ndarray, out: np.ndarray) -> None:
         """Chunks, counted over all shards, into the rows of `out` [n, *chunk]."""
-        groups = self._by_shard(name, chunks)
-        while some := list(islice(groups, _AT_ONCE)):
+        for some in self._by_shard(name, chunks):
             for shard, inside, _ in some:
                 shard.ask(inside)
             for shard, inside, rows in some:
@@ -81,8 +83,9 @@ class Arrays:
     def ask(self, name: str, chunks: np.ndarray) -> None:
         """These chunks, counted over all shards, are going to be read. Tells nothing of damage."""
         try:
-            for shard, inside, _ in self._by_shard(name, chunks):
-                shard.ask(inside)
+            for some in self._by_shard(name, chunks):
+                for shard, inside, _ in some:
+                    shard.ask(inside)
         except StoreError:
             return  # the read itself will tell
 
@@ -97,29 +100,44 @@ class Arrays:
 
     def _by_shard(
         self, name: str, chunks: np.ndarray
-    ) -> Iterator[tuple[Shard, np.ndarray, np.ndarray]]:
-        """Each shard with the chunks wanted of it, ascending, and the rows they go to."""
+    ) -> Iterator[list[tuple[Shard, np.ndarray, np.ndarray]]]:
+        """Each shard with the chunks wanted of it, ascending, and the rows they go to: some at a time."""
         spec = self.spec(name)
         per_shard = spec.shard[0] // spec.chunk[0]
         num_chunks = spec.shape[0] // spec.chunk[0]
         if len(chunks) and not (chunks.min() >= 0 and chunks.max() < num_chunks):
             raise IndexError(f"{name} has chunks 0 ... {num_chunks - 1}; asked for {chunks!s:.80}")
         order = np.argsort(chunks, kind="stable")
-        shards = chunks[order] // per_shard
-        cuts = np.flatnonzero(np.diff(shards)) + 1
-        for rows in np.split(order, cuts) if len(order) else ():
-            number = int(chunks[rows[0]]) // per_shard
-            yield self._shard(name, number, spec), chunks[rows] - number * per_shard, rows
+        cuts = np.flatnonzero(np.diff(chunks[order] // per_shard)) + 1
+        rows = np.split(order, cuts) if len(order) else []
+        for start in range(0, len(rows), _AT_ONCE):
+            some = rows[start : start + _AT_ONCE]
+            numbers = [int(chunks[of[0]]) // per_shard for of in some]
+            opened = self._opened_shards(name, numbers, spec)
+            yield [
+                (shard, chunks[of] - number * per_shard, of)
+                for shard, number, of in zip(opened, numbers, some, strict=True)
+            ]
 
-    def _shard(self, name: str, number: int, spec: ArraySpec) -> Shard:
-        found = self._shards.get((name, number))
-        if found is None:
-            path = f"{name}/{spec.shard_key(number)}"
-            said = self._vouched.said(name, path, number)
+    def _opened_shards(self, name: str, numbers: list[int], spec: ArraySpec) -> list[Shard]:
+        held = {number: self._shards.get((name, number)) for number in numbers}
+        wanted = []
+        for number, shard in held.items():
+            if shard is None:
+                path = f"{name}/{spec.shard_key(number)}"
+                wanted.append((number, path, self._vouched.said(name, path, number)))
+
+        def opened(which: _Which) -> Shard:
+            number, path, said = which
             content = None if said is None else self._content(path, said)
             found = Shard(f"{self._objects.location}/{path}", content, spec)
             self._shards.put((name, number), found)
-        return found
+            return found
+
+        new = dict(
+            zip((which[0] for which in wanted), self._places.map(opened, wanted), strict=True)
+        )
+        return [held[number] or new[number] for number in numbers]
 
     def _content(self, path: str, said: Said) -> Content:
         """An object that is what the ledger says. Raises IntegrityError if it is another one."""
@@ -128,34 +146,34 @@ class Arrays:
             size = None if content is None else content.size
             raise IntegrityError(f"{self._objects.location}/{path} {unlike(size, said.size)}")
         if said.size <= _SMALL_BYTES:
-            held = content.read(0, said.size).tobytes()
-            self._check_sha256(path, said, hashlib.sha256(held).hexdigest())
-            return Whole(held)
-        if said.doubtful and path not in self._checked:
+            return Whole(self._small(path, said, content))
+        if said.doubtful and said.sha256 is not None and path not in self._checked:
             digest = self._objects.digest(path)
-            self._check_sha256(path, said, "" if digest is None else digest["sha256"])
+            if digest is None or digest["sha256"] != said.sha256:
+                raise self._another(path)
+            self._checked.add(path)
         return content
 
-    def _opened(self, path: str) -> Content | None:
-        """The object at a path; None if there is none."""
-        assert isinstance(self._objects, LocalObjects)
-        for left in (True, False):
-            try:
-                return LocalFile(f"{self._objects.folder}/{path}")
-            except (FileNotFoundError, NotADirectoryError):
-                return None
-            except OSError as error:
-                if not left or error.errno not in (errno.EMFILE, errno.ENFILE):
-                    raise unreadable(f"{self._objects.location}/{path}", error) from None
-                self._shards.clear()
-        raise AssertionError("a file is opened or not")
+    def _small(self, path: str, said: Said, content: Content) -> bytes:
+        for _ in range(content.tries):
+            held = bytes(content.read(0, said.size).tobytes())
+            if said.sha256 in (None, hashlib.sha256(held).hexdigest()):
+                return held
+        raise self._another(path)
 
-    def _check_sha256(self, path: str, said: Said, found: str) -> None:
-        if said.sha256 is not None and found != said.sha256:
-            raise IntegrityError(
-                f"{self._objects.location}/{path} has the size the ledger says, but other content: {MEND}"
-            )
-        self._checked.add(path)
+    def _opened(self, path: str) -> Content | None:
+        try:
+            return self._places.open(path)
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE) and self._shards:
+                self._shards.clear()
+                return self._opened(path)
+            raise unreadable(f"{self._objects.location}/{path}", error) from None
+
+    def _another(self, path: str) -> IntegrityError:
+        return IntegrityError(
+            f"{self._objects.location}/{path} has the size the ledger says, but other content: {MEND}"
+        )
 
     def _raise_neither(self, name: str, chunks: np.ndarray, out: np.ndarray) -> None:
         spec, flat = self.spec(name), out.view(np.uint8).reshape(len(out), -1)
@@ -165,3 +183,35 @@ class Arrays:
             f"{self._objects.location}/{name}/{spec.shard_key(shard)}: chunk {inside} holds bytes that are "
             f"neither true nor false; {MEND}"
         )
+
+
+class _Places(Protocol):
+    """Where objects are opened."""
+
+    def open(self, path: str) -> Content | None:
+        """The object at a path; None if there is none."""
+
+    def map(self, call: Callable[[_Which], Shard], which: list[_Which]) -> Iterable[Shard]:
+        """What the call gives of each, at once where that means to wait for answers."""
+
+
+class _Folder:
+    def __init__(self, folder: str) -> None:
+        self._folder = folder
+
+    def open(self, path: str) -> Content | None:
+        try:
+            return LocalFile(f"{self._folder}/{path}")
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def map(self, call: Callable[[_Which], Shard], which: list[_Which]) -> Iterable[Shard]:
+        return map(call, which)
+
+
+def _places(objects: Objects) -> _Places:
+    if isinstance(objects, LocalObjects):
+        return _Folder(str(objects.folder))
+    from pipeline.storage.blocks import Bucket  # obstore is an extra
+
+    return Bucket(objects)

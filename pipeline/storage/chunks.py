@@ -39,6 +39,8 @@ class Content(Protocol):
     """The bytes of one object."""
 
     size: int
+    tries: int
+    """How often what does not match its checksum is read: more than once where it may suffer on the way."""
 
     def read(self, offset: int, length: int) -> Packed:
         """uint8 [length], good until this thread reads again. Fewer where the object ends before."""
@@ -46,8 +48,29 @@ class Content(Protocol):
     def ask(self, offsets: np.ndarray, lengths: np.ndarray) -> None:
         """These ranges are going to be read: make them come, without waiting for them."""
 
+    def arrange(self, offsets: np.ndarray, lengths: np.ndarray) -> None:
+        """These are the ranges there are, none of them empty."""
 
-class Whole:
+    def forget(self, offset: int) -> None:
+        """The range from `offset` on came spoilt: the next read brings it anew."""
+
+
+class _Here:
+    """What reads need not do where bytes are at hand."""
+
+    tries = 1
+
+    def ask(self, offsets: np.ndarray, lengths: np.ndarray) -> None:
+        pass
+
+    def arrange(self, offsets: np.ndarray, lengths: np.ndarray) -> None:
+        pass
+
+    def forget(self, offset: int) -> None:
+        pass
+
+
+class Whole(_Here):
     """An object that is held in memory."""
 
     def __init__(self, content: bytes) -> None:
@@ -56,11 +79,8 @@ class Whole:
     def read(self, offset: int, length: int) -> Packed:
         return self._bytes[offset : offset + length]
 
-    def ask(self, offsets: np.ndarray, lengths: np.ndarray) -> None:
-        pass
 
-
-class LocalFile:
+class LocalFile(_Here):
     """A file. Reads share no position, so threads and forked processes may read at once.
 
     Read, not mapped: as fast, and a file cut short meanwhile is an error instead of a signal.
@@ -130,10 +150,7 @@ class Shard:
             self._content.ask(self._offsets[there], self._lengths[there])
 
     def _decode_one(self, offset: int, length: int, out: np.ndarray) -> None:
-        packed, end = self._read(offset, length), length - CRC_BYTES
-        payload = packed[:end]
-        if google_crc32c.value(payload) != _CRC.unpack_from(packed, end)[0]:
-            raise self._damaged(offset, length, "do not match their checksum")
+        payload, end = self._checked(offset, length), length - CRC_BYTES
         decoded, encoded = _BLOSC_SIZES.unpack_from(payload)
         if decoded != self._chunk_bytes or encoded != end:
             expected = f"instead of {self._chunk_bytes} and {end}"
@@ -150,10 +167,7 @@ class Shard:
         end = content.size - index_bytes - CRC_BYTES
         if end < 0:
             raise self._damaged(0, content.size, f"are too few for an index of {num_chunks} chunks")
-        packed = self._read(end, index_bytes + CRC_BYTES)
-        if google_crc32c.value(packed[:index_bytes]) != _CRC.unpack_from(packed, index_bytes)[0]:
-            raise self._damaged(end, len(packed), "are an index that does not match its checksum")
-        table = packed[:index_bytes].view("<u8").reshape(num_chunks, 2)
+        table = self._checked(end, index_bytes + CRC_BYTES).view("<u8").reshape(num_chunks, 2)
         there = (table != _NO_CHUNK).any(1)
         offsets, lengths = (np.where(there, column, 0) for column in table.T)
         shortest = _BLOSC_SIZES.size + CRC_BYTES
@@ -167,7 +181,18 @@ class Shard:
             raise self._damaged(
                 int(offsets[chunk]), int(lengths[chunk]), f"cannot be those of chunk {chunk}"
             )
+        content.arrange(offsets[there].astype(np.int64), lengths[there].astype(np.int64))
         return offsets.astype(np.int64), lengths.astype(np.int64)
+
+    def _checked(self, offset: int, length: int) -> Packed:
+        """Bytes that match the checksum after them."""
+        assert self._content is not None
+        for _ in range(self._content.tries):
+            packed, end = self._read(offset, length), length - CRC_BYTES
+            if google_crc32c.value(packed[:end]) == _CRC.unpack_from(packed, end)[0]:
+                return packed[:end]
+            self._content.forget(offset)
+        raise self._damaged(offset, length, "do not match their checksum")
 
     def _read(self, offset: int, length: int) -> Packed:
         assert self._content is not None
@@ -217,6 +242,9 @@ class Recent(Generic[_Key, _Value]):
 
     def clear(self) -> None:
         self._values.clear()
+
+    def __len__(self) -> int:
+        return len(self._values)
 
 
 def _scratch(length: int) -> Packed:

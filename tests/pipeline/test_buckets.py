@@ -206,7 +206,7 @@ def test_what_is_lost_or_altered_is_no_fill_value(bucket, local):
     whole = there.read(name)
     for content, message in (
         (whole[:-1], rf"{name} is {len(whole) - 1} bytes long; the ledger says {len(whole)}"),
-        (bytes([whole[0] ^ 1]) + whole[1:], "checksum"),
+        (bytes([whole[0] ^ 1]) + whole[1:], "has the size the ledger says, but other"),
     ):
         there.write(name, content)
         with pytest.raises(IntegrityError, match=message):
