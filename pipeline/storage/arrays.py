@@ -1,40 +1,30 @@
 """Reading the arrays of a store. Shapes come from the committed header, never from an array's own
-`zarr.json`: that one may belong to a commit that is not there yet. Objects are compared with the ledgers.
+`zarr.json`: that one may belong to a commit that is not there yet.
 """
 
-import errno
-import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from functools import cached_property
-from typing import Protocol
 
 import numpy as np
 
 from pipeline.errors import IntegrityError, StoreError
-from pipeline.storage.chunks import Content, LocalFile, Recent, Shard, Whole, unreadable
+from pipeline.storage.chunks import Shard
 from pipeline.storage.commit import MEND
 from pipeline.storage.layout import ArraySpec, StoreLayout
-from pipeline.storage.objects import LocalObjects, Objects
-from pipeline.storage.vouched import Said, Vouched, unlike
+from pipeline.storage.objects import Objects
+from pipeline.storage.opening import Shards
+from pipeline.storage.vouched import Vouched
 
-# Shards kept open, each a file and an index of a few KiB; processes may have 1024 files as a rule.
-_OPEN_SHARDS = 256
 # Shards that one read has open at once.
 _AT_ONCE = 32
-# Objects up to this size are held whole, so that their sha256 costs no further read.
-_SMALL_BYTES = 2**18
-# Number and path of a shard, and what the ledger says of it.
-_Which = tuple[int, str, Said | None]
 
 
 class Arrays:
-    """The arrays of some modalities, shard by shard, opened at first use. Safe from several threads."""
+    """The arrays of some modalities, read by inner chunks. Safe from several threads."""
 
     def __init__(self, objects: Objects, layouts: dict[str, StoreLayout], vouched: Vouched) -> None:
-        self._objects, self._layouts, self._vouched = objects, layouts, vouched
-        self._shards: Recent[tuple[str, int], Shard] = Recent(_OPEN_SHARDS)
-        self._checked: set[str] = set()
-        self._places = _places(objects)
+        self._location, self._layouts = objects.location, layouts
+        self._shards = Shards(objects, vouched)
 
     @cached_property
     def _specs(self) -> dict[str, ArraySpec]:
@@ -50,7 +40,7 @@ class Arrays:
                 self._specs.update(layout.partition_arrays(parts[1]))
         if name not in self._specs:
             known = ", ".join(sorted(self._specs))
-            raise StoreError(f"{self._objects.location}: no array {name!r:.80}; there are {known}")
+            raise StoreError(f"{self._location}: no array {name!r:.80}; there are {known}")
         return self._specs[name]
 
     def frames_into(self, name: str, frames: np.ndarray, out: np.ndarray) -> None:
@@ -70,13 +60,16 @@ class Arrays:
             raise ValueError(f"{name}: out must be contiguous and writeable")
         self.chunks_into(name, frames, out)
 
-    def chunks_into(self, name: str, chunks: np.ndarray, out: np.ndarray) -> None:
-        """Chunks, counted over all shards, into the rows of `out` [n, *chunk]."""
+    def chunks_into(
+        self, name: str, chunks: np.ndarray, out: np.ndarray, rows: np.ndarray | None = None
+    ) -> None:
+        """Chunks, counted over all shards, into the rows of `out` [n, *chunk]: all, or `rows` of them."""
         for some in self._by_shard(name, chunks):
-            for shard, inside, _ in some:
-                shard.ask(inside)
-            for shard, inside, rows in some:
-                shard.decode(inside, out, rows)
+            if self._shards.far:
+                for shard, inside, _ in some:
+                    shard.ask(inside)
+            for shard, inside, at in some:
+                shard.decode(inside, out, at if rows is None else rows[at])
         if out.dtype == np.bool_ and out.view(np.uint8).max(initial=0) > 1:
             self._raise_neither(name, chunks, out)
 
@@ -105,113 +98,27 @@ class Arrays:
         spec = self.spec(name)
         per_shard = spec.shard[0] // spec.chunk[0]
         num_chunks = spec.shape[0] // spec.chunk[0]
-        if len(chunks) and not (chunks.min() >= 0 and chunks.max() < num_chunks):
+        if not len(chunks):
+            return
+        if chunks.min() < 0 or chunks.max() >= num_chunks:
             raise IndexError(f"{name} has chunks 0 ... {num_chunks - 1}; asked for {chunks!s:.80}")
-        order = np.argsort(chunks, kind="stable")
-        cuts = np.flatnonzero(np.diff(chunks[order] // per_shard)) + 1
-        rows = np.split(order, cuts) if len(order) else []
-        for start in range(0, len(rows), _AT_ONCE):
-            some = rows[start : start + _AT_ONCE]
-            numbers = [int(chunks[of[0]]) // per_shard for of in some]
-            opened = self._opened_shards(name, numbers, spec)
+        rows = np.argsort(chunks, kind="stable")
+        numbers, inside = np.divmod(chunks[rows], per_shard)
+        begins = np.append(0, np.flatnonzero(np.diff(numbers)) + 1)
+        of_group = numbers[begins].tolist()
+        bounds = [*begins.tolist(), len(rows)]
+        for first in range(0, len(of_group), _AT_ONCE):
+            some = of_group[first : first + _AT_ONCE]
             yield [
-                (shard, chunks[of] - number * per_shard, of)
-                for shard, number, of in zip(opened, numbers, some, strict=True)
+                (shard, inside[slice(*bounds[i : i + 2])], rows[slice(*bounds[i : i + 2])])
+                for i, shard in enumerate(self._shards.of(name, spec, some), start=first)
             ]
-
-    def _opened_shards(self, name: str, numbers: list[int], spec: ArraySpec) -> list[Shard]:
-        held = {number: self._shards.get((name, number)) for number in numbers}
-        wanted = []
-        for number, shard in held.items():
-            if shard is None:
-                path = f"{name}/{spec.shard_key(number)}"
-                wanted.append((number, path, self._vouched.said(name, path, number)))
-
-        def opened(which: _Which) -> Shard:
-            number, path, said = which
-            content = None if said is None else self._content(path, said)
-            found = Shard(f"{self._objects.location}/{path}", content, spec)
-            self._shards.put((name, number), found)
-            return found
-
-        new = dict(
-            zip((which[0] for which in wanted), self._places.map(opened, wanted), strict=True)
-        )
-        return [held[number] or new[number] for number in numbers]
-
-    def _content(self, path: str, said: Said) -> Content:
-        """An object that is what the ledger says. Raises IntegrityError if it is another one."""
-        content = self._opened(path)
-        if content is None or content.size != said.size:
-            size = None if content is None else content.size
-            raise IntegrityError(f"{self._objects.location}/{path} {unlike(size, said.size)}")
-        if said.size <= _SMALL_BYTES:
-            return Whole(self._small(path, said, content))
-        if said.doubtful and said.sha256 is not None and path not in self._checked:
-            digest = self._objects.digest(path)
-            if digest is None or digest["sha256"] != said.sha256:
-                raise self._another(path)
-            self._checked.add(path)
-        return content
-
-    def _small(self, path: str, said: Said, content: Content) -> bytes:
-        for _ in range(content.tries):
-            held = bytes(content.read(0, said.size).tobytes())
-            if said.sha256 in (None, hashlib.sha256(held).hexdigest()):
-                return held
-        raise self._another(path)
-
-    def _opened(self, path: str) -> Content | None:
-        try:
-            return self._places.open(path)
-        except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE) and self._shards:
-                self._shards.clear()
-                return self._opened(path)
-            raise unreadable(f"{self._objects.location}/{path}", error) from None
-
-    def _another(self, path: str) -> IntegrityError:
-        return IntegrityError(
-            f"{self._objects.location}/{path} has the size the ledger says, but other content: {MEND}"
-        )
 
     def _raise_neither(self, name: str, chunks: np.ndarray, out: np.ndarray) -> None:
         spec, flat = self.spec(name), out.view(np.uint8).reshape(len(out), -1)
         chunk = int(chunks[int((flat.max(1) > 1).argmax())])
         shard, inside = divmod(chunk, spec.shard[0] // spec.chunk[0])
         raise IntegrityError(
-            f"{self._objects.location}/{name}/{spec.shard_key(shard)}: chunk {inside} holds bytes that are "
-            f"neither true nor false; {MEND}"
+            f"{self._location}/{name}/{spec.shard_key(shard)}: chunk {inside} holds bytes that are neither "
+            f"true nor false; {MEND}"
         )
-
-
-class _Places(Protocol):
-    """Where objects are opened."""
-
-    def open(self, path: str) -> Content | None:
-        """The object at a path; None if there is none."""
-
-    def map(self, call: Callable[[_Which], Shard], which: list[_Which]) -> Iterable[Shard]:
-        """What the call gives of each, at once where that means to wait for answers."""
-
-
-class _Folder:
-    def __init__(self, folder: str) -> None:
-        self._folder = folder
-
-    def open(self, path: str) -> Content | None:
-        try:
-            return LocalFile(f"{self._folder}/{path}")
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-
-    def map(self, call: Callable[[_Which], Shard], which: list[_Which]) -> Iterable[Shard]:
-        return map(call, which)
-
-
-def _places(objects: Objects) -> _Places:
-    if isinstance(objects, LocalObjects):
-        return _Folder(str(objects.folder))
-    from pipeline.storage.blocks import Bucket  # obstore is an extra
-
-    return Bucket(objects)

@@ -101,6 +101,8 @@ class BucketFile:
 class Bucket:
     """Where the objects of a bucket are opened."""
 
+    far = True
+
     def __init__(self, objects: Objects) -> None:
         assert isinstance(objects, BucketObjects)
         self._objects, self._blocks = objects, Blocks(objects)

@@ -9,8 +9,8 @@ import os
 import struct
 import threading
 from collections import OrderedDict
-from contextlib import suppress
 from typing import Any, Generic, Protocol, TypeVar
+from weakref import WeakSet
 
 import google_crc32c
 import numpy as np
@@ -143,6 +143,11 @@ class Shard:
             else:
                 out[row] = self._fill
 
+    @property
+    def held_bytes(self) -> int:
+        """What the index takes."""
+        return self._offsets.nbytes + self._lengths.nbytes
+
     def ask(self, chunks: np.ndarray) -> None:
         """These chunks are going to be decoded."""
         if self._content is not None:
@@ -169,20 +174,22 @@ class Shard:
             raise self._damaged(0, content.size, f"are too few for an index of {num_chunks} chunks")
         table = self._checked(end, index_bytes + CRC_BYTES).view("<u8").reshape(num_chunks, 2)
         there = (table != _NO_CHUNK).any(1)
-        offsets, lengths = (np.where(there, column, 0) for column in table.T)
+        table = np.where(there[:, None], table, 0)
+        offsets, lengths = table[:, 0].copy(), table[:, 1].copy()
         shortest = _BLOSC_SIZES.size + CRC_BYTES
-        longest = self._chunk_bytes + blosc.MAX_OVERHEAD + CRC_BYTES
+        longest = min(self._chunk_bytes + blosc.MAX_OVERHEAD + CRC_BYTES, end)
         # Unsigned: nothing is added to what may be as large as a number can be.
-        wrong = (lengths < shortest) | (lengths > min(longest, end)) | (offsets > end)
+        wrong = there & ((lengths < shortest) | (lengths > longest))
         wrong |= offsets > np.uint64(end) - np.minimum(lengths, np.uint64(end))
-        wrong &= there
         if wrong.any():
             chunk = int(wrong.argmax())
             raise self._damaged(
                 int(offsets[chunk]), int(lengths[chunk]), f"cannot be those of chunk {chunk}"
             )
-        content.arrange(offsets[there].astype(np.int64), lengths[there].astype(np.int64))
-        return offsets.astype(np.int64), lengths.astype(np.int64)
+        # Below the object's size, so that the same bits are the same number with a sign.
+        offsets, lengths = offsets.view(np.int64), lengths.view(np.int64)
+        content.arrange(offsets[there], lengths[there])
+        return offsets, lengths
 
     def _checked(self, offset: int, length: int) -> Packed:
         """Bytes that match the checksum after them."""
@@ -219,32 +226,51 @@ def unreadable(where: str, error: OSError) -> StoreError:
 
 
 class Recent(Generic[_Key, _Value]):
-    """What was used last, so many of it.
-
-    Without a lock: every step is one of the interpreter's own, so that no fork finds it held.
-    """
+    """What was used last, up to a limit: of values, or of their weights. Safe from threads and forks."""
 
     def __init__(self, limit: int) -> None:
-        self._limit, self._values = limit, OrderedDict[_Key, _Value]()
+        self._limit, self._weight = limit, 0
+        self._values: OrderedDict[_Key, tuple[_Value, int]] = OrderedDict()
+        self._lock = threading.Lock()
+        _all_recent.add(self)
 
     def get(self, key: _Key) -> _Value | None:
-        found = self._values.get(key)
-        if found is not None:
-            with suppress(KeyError):
-                self._values.move_to_end(key)
-        return found
+        with self._lock:
+            found = self._values.get(key)
+            if found is None:
+                return None
+            self._values.move_to_end(key)
+            return found[0]
 
-    def put(self, key: _Key, value: _Value) -> None:
-        self._values[key] = value
-        while len(self._values) > self._limit:
-            with suppress(KeyError):
-                self._values.popitem(last=False)
+    def put(self, key: _Key, value: _Value, weight: int = 1) -> None:
+        with self._lock:
+            self._weight += weight - self._values.pop(key, (None, 0))[1]
+            self._values[key] = value, weight
+            while self._weight > self._limit and len(self._values) > 1:
+                self._weight -= self._values.popitem(last=False)[1][1]
 
     def clear(self) -> None:
-        self._values.clear()
+        with self._lock:
+            self._values.clear()
+            self._weight = 0
 
     def __len__(self) -> int:
         return len(self._values)
+
+    def unlock(self) -> None:
+        """In a forked process: whoever held the lock is not here."""
+        self._lock = threading.Lock()
+
+
+_all_recent: "WeakSet[Recent[Any, Any]]" = WeakSet()
+
+
+def _after_fork() -> None:
+    for recent in _all_recent:
+        recent.unlock()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def _scratch(length: int) -> Packed:

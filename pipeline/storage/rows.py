@@ -30,7 +30,7 @@ class PartitionRows:
         self._counts = np.zeros((layout.num_shards, layout.shard_capacity), np.int32)
         self._first = np.zeros((layout.num_shards, layout.shard_capacity), np.int64)
         self._chunk_rows = arrays.spec(self._scales_name).chunk[0]
-        self._chunks: Recent[int, np.ndarray] = Recent(max(1, _CACHE_BYTES // self._chunk_rows))
+        self._chunks: Recent[int, np.ndarray] = Recent(_CACHE_BYTES)
 
     def read(self, frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Leaves uint8 [rows] of `frames` (int64 [n], any order), frame after frame, and counts int64 [n].
@@ -119,9 +119,7 @@ class PartitionRows:
             else:
                 rows[position] = found
         if wanted:
-            read = np.empty((len(wanted), self._chunk_rows), np.uint8)
-            self._arrays.chunks_into(self._scales_name, chunks[wanted], read)
-            rows[wanted] = read
-            for chunk, values in zip(chunks[wanted].tolist(), read, strict=True):
-                self._chunks.put(chunk, values.copy())
+            self._arrays.chunks_into(self._scales_name, chunks[wanted], rows, np.array(wanted))
+            for position, chunk in zip(wanted, chunks[wanted].tolist(), strict=True):
+                self._chunks.put(chunk, rows[position].copy(), self._chunk_rows)
         return rows.reshape(-1)
