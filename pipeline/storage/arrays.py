@@ -15,8 +15,8 @@ from pipeline.storage.objects import Objects
 from pipeline.storage.opening import Shards
 from pipeline.storage.vouched import Vouched
 
-# Shards that one read has open at once.
-_AT_ONCE = 32
+# Shards that one read has open at once, up to twice: those it has just read stay until the next are there.
+_AT_ONCE = 16
 
 
 class Arrays:

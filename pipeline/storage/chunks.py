@@ -5,6 +5,7 @@ Shards are untrusted: index and chunks carry crc32c, positions must lie inside t
 header says must agree with the array before anything is decoded.
 """
 
+import errno
 import os
 import struct
 import threading
@@ -28,9 +29,9 @@ _BLOSC_SIZES = struct.Struct("<4xI4xI")
 _NO_CHUNK = 2**64 - 1
 # blosc's own threads would be shared by all callers, and do not survive a fork.
 blosc.use_threads = False
-_of_thread = threading.local()
 # uint8 [byte]; that an array is a buffer numpy declares from Python 3.12 on.
 Packed = Any
+TOO_MANY_OPEN = (errno.EMFILE, errno.ENFILE)
 _Key = TypeVar("_Key")
 _Value = TypeVar("_Value")
 
@@ -55,7 +56,7 @@ class Content(Protocol):
         """The range from `offset` on came spoilt: the next read brings it anew."""
 
 
-class _Here:
+class Here:
     """What reads need not do where bytes are at hand."""
 
     tries = 1
@@ -70,7 +71,7 @@ class _Here:
         pass
 
 
-class Whole(_Here):
+class Whole(Here):
     """An object that is held in memory."""
 
     def __init__(self, content: bytes) -> None:
@@ -78,38 +79,6 @@ class Whole(_Here):
 
     def read(self, offset: int, length: int) -> Packed:
         return self._bytes[offset : offset + length]
-
-
-class LocalFile(_Here):
-    """A file. Reads share no position, so threads and forked processes may read at once.
-
-    Read, not mapped: as fast, and a file cut short meanwhile is an error instead of a signal.
-    """
-
-    def __init__(self, path: str) -> None:
-        self._file = os.open(path, os.O_RDONLY)
-        self.size = os.fstat(self._file).st_size
-
-    def __del__(self, close=os.close) -> None:  # type: ignore[no-untyped-def]
-        # Whoever still reads holds the object: no number of a file is closed and given to another.
-        if hasattr(self, "_file"):
-            close(self._file)
-
-    def read(self, offset: int, length: int) -> Packed:
-        found = _scratch(length)
-        read = os.preadv(self._file, (found,), offset)
-        while read < length:
-            more = os.preadv(self._file, (found[read:],), offset + read)
-            if not more:
-                return found[:read]
-            read += more
-        return found
-
-    def ask(self, offsets: np.ndarray, lengths: np.ndarray) -> None:
-        if not hasattr(os, "posix_fadvise"):
-            return  # macOS
-        for offset, length in zip(offsets.tolist(), lengths.tolist(), strict=True):
-            os.posix_fadvise(self._file, offset, length, os.POSIX_FADV_WILLNEED)
 
 
 class Shard:
@@ -219,9 +188,11 @@ class Shard:
 
 def unreadable(where: str, error: OSError) -> StoreError:
     """What is told of a file that is there and cannot be read."""
+    remedy = "check the disk and the permissions"
+    if error.errno in TOO_MANY_OPEN:
+        remedy = "raise the limit of open files (ulimit -n)"
     return StoreError(
-        f"{where} cannot be read: {error.strerror}; check the disk and the permissions, then run the same "
-        "command again"
+        f"{where} cannot be read: {error.strerror}; {remedy}, then run the same command again"
     )
 
 
@@ -271,11 +242,3 @@ def _after_fork() -> None:
 
 
 os.register_at_fork(after_in_child=_after_fork)
-
-
-def _scratch(length: int) -> Packed:
-    """uint8 [length] of this thread; what was there before is lost."""
-    held = getattr(_of_thread, "scratch", None)
-    if held is None or len(held) < length:
-        held = _of_thread.scratch = np.empty(length, np.uint8)
-    return held[:length]

@@ -1,19 +1,19 @@
 """Shards opened and compared with the ledger at first use, and kept open for what is read next."""
 
-import errno
 import hashlib
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from pipeline.errors import IntegrityError
-from pipeline.storage.chunks import Content, LocalFile, Recent, Shard, Whole, unreadable
+from pipeline.storage.chunks import TOO_MANY_OPEN, Content, Recent, Shard, Whole, unreadable
 from pipeline.storage.commit import MEND
+from pipeline.storage.files import LocalFile
 from pipeline.storage.layout import ArraySpec
 from pipeline.storage.objects import LocalObjects, Objects
 from pipeline.storage.vouched import Said, Vouched, unlike
 
-# Files kept open: a process may have 1024 as a rule.
-_OPEN_FILES = 256
+# Files kept open: a mapped one counts twice, and a process may have 1024 as a rule.
+_OPEN_FILES = 128
 # Objects up to this size are held whole: their sha256 costs no further read, and they need no open file.
 _SMALL_BYTES = 2**16
 # All of those that are held.
@@ -89,7 +89,7 @@ class Shards:
         try:
             return self._places.open(path)
         except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE) and len(self._files):
+            if error.errno in TOO_MANY_OPEN and len(self._files):
                 self._files.clear()
                 return self._content(path)
             raise unreadable(f"{self._location}/{path}", error) from None

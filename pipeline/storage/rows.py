@@ -85,21 +85,21 @@ class PartitionRows:
 
     def _gather(self, begins: np.ndarray, counts: np.ndarray) -> np.ndarray:
         """The rows `begins[i] ... begins[i] + counts[i] - 1`, run after run."""
+        if not len(begins):
+            return np.empty(0, np.uint8)
         chunks = self._touched(begins, counts)
         held = self._decoded(chunks)
         # A frame's chunks follow one another in the array, and so they do among those touched.
         at = np.searchsorted(chunks, begins // self._chunk_rows) * self._chunk_rows
         at += begins % self._chunk_rows
-        if len(at) and np.array_equal(at[1:], at[:-1] + counts[:-1]):
-            return held[at[0] : at[-1] + counts[-1]].copy()
-        runs = np.flatnonzero(at[1:] != at[:-1] + counts[:-1]) + 1
-        if len(runs) * 4 > len(at):
+        ends = at + counts
+        cuts = np.flatnonzero(at[1:] != ends[:-1]) + 1
+        if len(cuts) * 4 > len(at):
             return held[expand(at, counts)]
-        heads, tails = np.append(0, runs), np.append(runs, len(at)) - 1
-        ends = at[tails] + counts[tails]
-        return np.concatenate(
-            [held[:0], *(held[a:b] for a, b in zip(at[heads].tolist(), ends.tolist(), strict=True))]
+        runs = zip(
+            at[np.append(0, cuts)].tolist(), ends[np.append(cuts, 0) - 1].tolist(), strict=True
         )
+        return np.concatenate([held[begin:end] for begin, end in runs])
 
     def _touched(self, begins: np.ndarray, counts: np.ndarray) -> np.ndarray:
         """Numbers of the chunks that hold some rows, ascending; a frame has no more rows than a chunk."""
