@@ -62,7 +62,8 @@ class LocalFile(Here):
 
     def _is_cached(self, offset: int, length: int) -> bool:
         """Whether all pages of a range are in memory, none of them beyond the file's end."""
-        if self._mapped is None and not self._map():
+        # The system may hold pages of what was cut off, which must not be touched.
+        if os.fstat(self._file).st_size < self.size or (self._mapped is None and not self._map()):
             return False
         assert _MINCORE is not None
         before = offset % mmap.PAGESIZE
