@@ -1,7 +1,8 @@
 """Fixtures shared by all tests: archives real and synthetic, stores made by the command line."""
 
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,14 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 settings.load_profile("aptile")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _workers_stay_what_they_are() -> Iterator[None]:
+    """Tests that work without workers must not leave the others without."""
+    yield
+    batch, engine = (sys.modules.get(f"pipeline.jobs.{name}") for name in ("batch", "engine"))
+    assert batch is None or batch.run_tasks is engine.run_tasks
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 import hashlib
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 
@@ -36,9 +37,9 @@ def grow(archives: list[str], store: Path) -> None:
 
 
 def add(archive: str, store: Path) -> None:
-    pipeline.jobs.batch.run_tasks = plainly
     config = load_config(PreprocessConfig, None, SETTINGS)
-    run_job(archive, store, config, Watching(), append=store.exists())
+    with mock.patch.object(pipeline.jobs.batch, "run_tasks", plainly):
+        run_job(archive, store, config, Watching(), append=store.exists())
 
 
 def cut(store: Path, name: str) -> None:

@@ -131,7 +131,7 @@ def _say(report: JobReport) -> None:
 
 
 def _left_alone(report: JobReport) -> bool:
-    return report.shards_written == 0 and not any(report.repaired)
+    return not report.committed and not any(report.repaired)
 
 
 def _counts(numbers: dict[str, int]) -> str:
@@ -142,6 +142,7 @@ def _as_json(report: JobReport) -> dict[str, object]:
     return {
         "store": report.store,
         "commit": report.commit,
+        "committed": report.committed,
         "inputs": report.inputs,
         "done": report.done,
         "quarantined": report.quarantined,

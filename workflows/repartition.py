@@ -87,7 +87,7 @@ def repartition(
 
 
 def _left_alone(report: RepartitionReport) -> bool:
-    return report.shards_written == 0 and not any(report.repaired)
+    return not report.committed and not any(report.repaired)
 
 
 def _numbers(text: str) -> list[float]:

@@ -9,6 +9,7 @@ import ssl
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import dask
 from distributed import Client, LocalCluster
@@ -50,11 +51,25 @@ def client_of(
         yield client
 
 
+class _Client(Client):
+    """Closes itself whatever keeps it from connecting: Dask leaves it open after some errors, such as TLS
+    without certificates, and collecting it as garbage may then wait."""
+
+    def start(self, **options: Any) -> None:
+        try:
+            super().start(**options)  # type: ignore[no-untyped-call]
+        except BaseException:
+            self.close()  # type: ignore[no-untyped-call]
+            raise
+
+
 @contextlib.contextmanager
 def _own_scheduler(address: str, tls: TlsConfig | None) -> Iterator[Client]:
     security = None if tls is None else security_of(tls)
     try:
-        client = Client(address, timeout=_CONNECT_S, security=security, set_as_default=False)
+        client = _Client(  # type: ignore[no-untyped-call]
+            address, timeout=_CONNECT_S, security=security, set_as_default=False
+        )
     except (OSError, ValueError, TypeError) as error:
         hint = "leave the option out"
         if address.startswith("tls://"):

@@ -45,9 +45,9 @@ class JobReport:
 
     `findings` are remarks on scenes that are in the store, `notes` on what was decided in this run.
     `tiles_left_out` and `frames_left_out` count those with too few valid pixels; `splits` counts tiles by
-    split, and `shards_written` this run's shards: 0 means that the store was complete already. `commit`
-    is the number of the commit that holds all of it. `repaired` counts damaged objects that were written
-    anew, and the shards they are of.
+    split, and `shards_written` this run's shards. `commit` is the number of the commit that holds all of
+    it, and `committed` whether this run made it: it can be that nothing else was left to do. `repaired`
+    counts damaged objects that were written anew, and the shards they are of.
     """
 
     store: str
@@ -63,6 +63,7 @@ class JobReport:
     shards: int
     shards_written: int
     commit: int
+    committed: bool
     repaired: tuple[int, int] = (0, 0)
 
     @property
@@ -102,12 +103,12 @@ def run_job(
         check_same_files(str(store), state.history, archive_files(archive, config))
         tidy(objects)
         repaired = repair(archive, objects, state, config, observer)
-        return _mended(_report(store, state.history, state.commit, 0), repaired, restored)
+        return _mended(_report(store, state.history, state.commit), repaired, restored)
     with exclusive(objects) as lock:
         # Another process may have finished it, or appended, since we looked.
         state = State.read(objects)
         if state.commit is not None and not append:
-            return _report(store, state.history, state.commit, 0)
+            return _report(store, state.history, state.commit)
         if state.commit is None and append:
             raise StoreError(
                 f"{store}: its job has not finished; complete it first, without --append"
@@ -232,7 +233,7 @@ def _append(
     try:
         job = plan_job(archive, config, existing)
     except NothingNewError:
-        return _report(objects.location, history, state.commit, 0)
+        return _report(objects.location, history, state.commit)
     check_unchanged(job, history)
     job = replace(job, files=new_files(history, job.files))
     if ledger is None:
@@ -278,16 +279,12 @@ def _completed(batch: BatchAtWork, observer: Observer) -> JobReport:
     """Do what is left of a batch, commit it, and say what the store came to."""
     commit, written = complete(batch, observer)
     notes = (*batch.job.notes, *batch.job.facts.notes)
-    return _report(batch.objects.location, batch.history, commit, written, notes)
+    report = _report(batch.objects.location, batch.history, commit)
+    return replace(report, notes=notes, shards_written=written, committed=True)
 
 
-def _report(
-    store: Location,
-    history: History,
-    commit: Commit,
-    written: int,
-    notes: tuple[str, ...] = (),
-) -> JobReport:
+def _report(store: Location, history: History, commit: Commit) -> JobReport:
+    """What is there, of a run that has done nothing."""
     summary = commit.summary
     return JobReport(
         store=str(store),
@@ -295,12 +292,13 @@ def _report(
         quarantined=history.quarantined(),
         skipped=history.skipped(),
         findings=history.findings(),
-        notes=notes,
+        notes=(),
         tiles=summary["tiles"],
         tiles_left_out=summary["tiles_left_out"],
         frames_left_out=summary["frames_left_out"],
         splits=summary["splits"],
         shards=summary["shards"],
-        shards_written=written,
+        shards_written=0,
         commit=commit.number,
+        committed=False,
     )

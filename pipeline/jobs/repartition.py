@@ -43,7 +43,8 @@ _IN_PROCESS_CELLS = 2**24
 
 @dataclass(frozen=True)
 class RepartitionReport:
-    """What came of it. `shards_written` counts this run's shards; 0 means nothing was left to do.
+    """What came of it. `shards_written` counts this run's shards; `committed` says whether it committed,
+    for which it can be that no shard was left to do.
 
     `thresholds`, fine to coarse, are None where the rule has none or they differ by scene. `repaired`
     counts damaged objects that were written anew, and the shards they are of.
@@ -57,6 +58,7 @@ class RepartitionReport:
     mean_tokens: float
     shards: int
     shards_written: int
+    committed: bool
     repaired: tuple[int, int] = (0, 0)
 
 
@@ -79,7 +81,7 @@ def repartition(
     store = open_store(location)
     layout = _scored_layout(store, modality)
     _check_rule(store, layout, rule)
-    written, repaired = 0, Repaired()
+    written, committed, repaired = 0, False, Repaired()
     known = store.commit.partitions.get(layout.modality, {}).get(name)
     if known is not None:
         _check_same_rule(name, known["rule"], rule)
@@ -90,11 +92,17 @@ def repartition(
             store = open_store(location)
             if _missing_batches(store, layout, name):
                 written = _complete(store, lock, layout, name, rule, run, observer)
+                committed = True
     else:
         tidy(store.objects)
     _check_same_rule(name, open_store(location).partition(name, layout.modality).rule, rule)
-    report = _report(location, layout, name, written)
-    return replace(report, repaired=(repaired.objects, repaired.shards))
+    report = _report(location, layout, name)
+    return replace(
+        report,
+        shards_written=written,
+        committed=committed,
+        repaired=(repaired.objects, repaired.shards),
+    )
 
 
 def _missing_batches(store: Store, layout: StoreLayout, name: str) -> list[Batch]:
@@ -303,7 +311,8 @@ def _check_same_rule(name: str, was: dict[str, Any], rule: FurtherRule) -> None:
         )
 
 
-def _report(location: Location, layout: StoreLayout, name: str, written: int) -> RepartitionReport:
+def _report(location: Location, layout: StoreLayout, name: str) -> RepartitionReport:
+    """What is there, of a run that has done nothing."""
     store = open_store(location)
     made = store.partition(name, layout.modality)
     places = places_of(store, layout.modality)
@@ -316,5 +325,6 @@ def _report(location: Location, layout: StoreLayout, name: str, written: int) ->
         tiles=places.num_tiles,
         mean_tokens=float(made.tokens[frames].sum()) / places.num_tiles,
         shards=layout.num_shards,
-        shards_written=written,
+        shards_written=0,
+        committed=False,
     )

@@ -11,6 +11,9 @@ from pipeline.scorers.config import Frozen
 from pipeline.settings.cluster import Cluster, KubernetesConfig, Memory, TlsConfig
 
 _PERCENT = re.compile(r"(\d+(?:\.\d+)?)\s*%")
+_ADDRESS = re.compile(r"(?:(?:tcp|tls|ucx|wss?)://)?(?:\[[0-9a-fA-F:.]+\]|[^\s:/\[\]]+):(\d{1,5})")
+# Of a scheduler in the same process: no host, no port.
+_IN_PROCESS = "inproc://"
 
 
 def parse_limit(text: int | str) -> int | Fraction:
@@ -55,7 +58,9 @@ class RunConfig(Frozen):
         None, ge=1, description="Worker processes; one per CPU core when not given."
     )
     scheduler: str | None = Field(
-        None, description="Address of a running Dask scheduler, instead of local workers."
+        None,
+        description="Address of a running Dask scheduler, such as tcp://10.0.0.1:8786, instead of local "
+        "workers.",
     )
     max_block_bytes: int = Field(
         256 * 2**20,
@@ -105,6 +110,18 @@ class RunConfig(Frozen):
     report: str | None = Field(
         None, description="HTML file for Dask's performance report of the run; needs bokeh."
     )
+
+    @field_validator("scheduler")
+    @classmethod
+    def _complete(cls, value: str | None) -> str | None:
+        """Dask would complain of an address without a port only once the job is planned."""
+        if value is not None and not value.startswith(_IN_PROCESS):
+            address = _ADDRESS.fullmatch(value)
+            if address is None or not 0 < int(address[1]) < 2**16:
+                raise ValueError(
+                    f"expected host:port, as in tcp://10.0.0.1:8786, got {value!r:.80}"
+                )
+        return value
 
     @field_validator("max_quarantine")
     @classmethod

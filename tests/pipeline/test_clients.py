@@ -1,5 +1,6 @@
 """Clients of local workers, of schedulers started by hand, plain and over TLS, and of batch queues."""
 
+import gc
 import importlib.util
 import os
 import re
@@ -8,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from distributed import Client
 
 from dask_processes import dask_processes
 from pipeline.errors import ConfigError, StoreError
@@ -122,6 +124,33 @@ def store(archive, tmp_path_factory):
 def test_settings_without_effect_are_refused(setting, complaint):
     with pytest.raises(ConfigError, match=re.escape(complaint)):
         load_config(PreprocessConfig, None, [f"run={setting}"])
+
+
+@pytest.mark.parametrize(
+    "address", ["tcp://a.b:8786", "a:1", "tls://[::1]:65535", "inproc://10.0.0.1/17/2"]
+)
+def test_a_scheduler_has_a_full_address(address):
+    assert RunConfig(scheduler=address).scheduler == address
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "",
+        "login-node",
+        "tcp://login-node",
+        ":1",
+        "a:0",
+        "a:65536",
+        "a:b",
+        "::1:1",
+        "http://a:1",
+        "a:1/",
+    ],
+)
+def test_a_scheduler_without_one_is_refused_before_it_is_asked(address):
+    with pytest.raises(ValueError, match=re.escape(f"10.0.0.1:8786, got {address!r}")):
+        RunConfig(scheduler=address)
 
 
 def described(model: type[ClusterConfig]) -> list[str]:
@@ -299,8 +328,11 @@ def test_a_client_without_the_right_certificate_is_refused(
         "a stranger's": "or check run.tls",
         "plain tcp": "or leave the option out",
     }
-    with pytest.raises(StoreError, match=advice[shown]), client_of(asked, 1):
+    with pytest.raises(StoreError, match=advice[shown]) as caught, client_of(asked, 1):
         pass
+    # Frames of the traceback hold the client, which must not wait to be collected.
+    assert caught.tb is not None
+    assert {found.status for found in gc.get_objects() if isinstance(found, Client)} == {"closed"}
 
 
 @pytest.mark.parametrize(

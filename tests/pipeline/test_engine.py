@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 
 import pytest
 from distributed import LocalCluster
@@ -118,3 +119,15 @@ def test_errors_and_deaths_of_a_process_alone_are_told_apart():
     alone.stop()
     with pytest.raises(StoppedError):
         alone.run(counted, 4)
+
+
+@pytest.mark.parametrize("blocked", [set(), {signal.SIGINT}])
+def test_a_process_alone_leaves_the_signals_of_its_parent_as_they_were(blocked):
+    before = signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+    try:
+        Solitary(60.0).run(counted, 4)
+        with pytest.raises(StoreError):
+            Solitary(60.0).run(refused)
+        assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == blocked
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -1,4 +1,5 @@
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -17,7 +18,7 @@ from pipeline.jobs.job import run_job
 from pipeline.settings.config import PreprocessConfig
 from pipeline.settings.loading import load_config
 from pipeline.storage.ledger import ledger_name
-from support import Watching, assert_same_bytes, files, save_scene, textured
+from support import Watching, aptile, assert_same_bytes, files, save_scene, textured
 
 SMALL = (
     "store.tile_size_px=32",
@@ -180,10 +181,29 @@ def test_a_job_killed_again_and_again_ends_with_the_same_bytes(archive, store, t
     assert_same_bytes(store, tmp_path / "killed")
 
 
+def test_a_job_interrupted_before_its_commit_only_commits(archive, store, tmp_path, capsys):
+    stopped = tmp_path / "stopped"
+    with pytest.raises(KeyboardInterrupt):
+        run(
+            archive,
+            stopped,
+            observer=Watching(interrupt_after=open_store(store).layout_of().num_shards),
+        )
+    options = [word for setting in SMALL for word in ("--set", setting)]
+    reports = []
+    for _ in range(2):
+        assert aptile("preprocess", archive, stopped, *options, "--json") == 0
+        shown = capsys.readouterr()
+        reports.append(json.loads(shown.out))
+        assert ("complete already, nothing to do" in shown.err) is not reports[-1]["committed"]
+    assert [(r["shards_written"], r["committed"]) for r in reports] == [(0, True), (0, False)]
+    assert_same_bytes(store, stopped)
+
+
 def test_a_finished_job_is_left_alone(archive, store):
     before = {name: (store / name).stat().st_mtime_ns for name in files(store)}
     report = run(archive, store)
-    assert report.shards_written == 0
+    assert (report.shards_written, report.committed) == (0, False)
     assert {name: (store / name).stat().st_mtime_ns for name in files(store)} == before
 
 
