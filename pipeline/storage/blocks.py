@@ -3,7 +3,6 @@ are asked for next. Nothing is asked for twice while it is on its way.
 """
 
 import threading
-from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
@@ -62,22 +61,21 @@ class BucketFile:
 
     def __init__(self, blocks: Blocks, name: str, size: int) -> None:
         self._blocks, self._name, self.size = blocks, name, size
-        self._starts: list[int] = []
-        self._ends: list[int] = []
+        self._starts = self._ends = np.empty(0, np.int64)
 
     def arrange(self, offsets: np.ndarray, lengths: np.ndarray) -> None:
         order = np.argsort(offsets, kind="stable")
-        for first in range(0, len(order), _BLOCK_CHUNKS):
-            some = order[first : first + _BLOCK_CHUNKS]
-            self._starts.append(int(offsets[some[0]]))
-            self._ends.append(int((offsets[some] + lengths[some]).max()))
+        first = np.arange(0, len(order), _BLOCK_CHUNKS)
+        if len(first):
+            self._ends = np.maximum.reduceat((offsets + lengths)[order], first)
+            self._starts = offsets[order][first]
 
     def ask(self, offsets: np.ndarray, lengths: np.ndarray) -> None:
-        for block in np.unique(np.searchsorted(self._starts, offsets, side="right") - 1).tolist():
-            self._blocks.get(self._name, self._starts[block], self._ends[block])
+        for number in np.unique(np.searchsorted(self._starts, offsets, side="right") - 1).tolist():
+            self._blocks.get(self._name, int(self._starts[number]), int(self._ends[number]))
 
     def read(self, offset: int, length: int) -> Packed:
-        if not self._starts:
+        if not len(self._starts):
             return np.frombuffer(
                 self._blocks.objects.range(self._name, offset, offset + length), np.uint8
             )
@@ -90,12 +88,12 @@ class BucketFile:
         return held[offset - block[0] : offset - block[0] + length]
 
     def forget(self, offset: int) -> None:
-        if self._starts:
+        if len(self._starts):
             self._blocks.forget(self._name, *self._block(offset))
 
     def _block(self, offset: int) -> tuple[int, int]:
-        number = bisect_right(self._starts, offset) - 1
-        return self._starts[number], self._ends[number]
+        number = int(np.searchsorted(self._starts, offset, side="right")) - 1
+        return int(self._starts[number]), int(self._ends[number])
 
 
 class Bucket:

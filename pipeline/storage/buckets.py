@@ -75,6 +75,7 @@ class BucketObjects:
 
     def __init__(self, url: str, patience: Patience = FOR_DATA) -> None:
         self.location, self._patience = _checked(url), patience
+        self._process = os.getpid()
         try:
             self.store = from_url(
                 self.location,
@@ -91,9 +92,14 @@ class BucketObjects:
     def __reduce__(self) -> tuple[Any, ...]:
         return BucketObjects, (self.location, self._patience)
 
-    @cached_property
+    @property
     def pool(self) -> ThreadPoolExecutor:
         """Threads that wait for answers."""
+        self._check_process()
+        return self._threads
+
+    @cached_property
+    def _threads(self) -> ThreadPoolExecutor:
         return ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="aptile-objects")
 
     def read(self, name: str) -> bytes:
@@ -262,6 +268,7 @@ class BucketObjects:
 
         obstore tries again where the connection fails, not where an answer breaks off.
         """
+        self._check_process()
         until = time.monotonic() + self._patience.in_all.total_seconds()
         for left in reversed(range(self._patience.retries)):
             try:
@@ -274,6 +281,14 @@ class BucketObjects:
                 if not left or time.monotonic() > until:
                     raise self.failed(what, error) from None
         raise AssertionError("a request is sent at least once")
+
+    def _check_process(self) -> None:
+        """Raise StoreError in a forked process: the threads that wait for answers are not there."""
+        if os.getpid() != self._process:
+            raise StoreError(
+                f"{self.location} was opened before this process was forked from another; open it in this "
+                "one, or start processes by spawn or forkserver"
+            )
 
     def _put(self, name: str, content: bytes) -> None:
         what = f"cannot write {len(content)} bytes to {name}"
