@@ -11,9 +11,11 @@ call. `read_scales` counts and checks the leaves of every frame; tensorstore rea
 Every figure is the best of several rounds; in a round the readers take turns.
 """
 
+import json
 import mmap
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -38,6 +40,10 @@ from pipeline.storage.sharding import encoders, write_shard
 from pipeline.store import Store
 
 BATCH = 64
+ROUNDS = 4
+ALL = 10**6  # batches a round at most
+PIXELS, GROUP = "image/pixels", "image/partitions/default"
+COUNTS, SCALES = f"{GROUP}/counts", f"{GROUP}/scales"
 SPLIT = 0.41  # of nodes: about 120 leaves in 16 roots of 4 scales
 FACTS = {
     "value_range": [], "statistics": None, "ground_sample_distance_m": None, "scale": None, "offset": None,
@@ -75,15 +81,15 @@ def smooth(rng: np.random.Generator, bands: int, side: int) -> np.ndarray:
 
 def opened(store: Store, layout: StoreLayout, name: str) -> Any:
     """An array as tensorstore opens it, its positions cached."""
-    return ts.open(
-        {
-            "driver": "zarr3",
-            "kvstore": {"driver": "file", "path": f"{store.location}/{name}/"},
-            "metadata": array_metadata(layout.arrays()[name], layout.codec),
-            "recheck_cached_data": False,
-        },
-        open=True, read=True, assume_metadata=True, context=ts.Context({"cache_pool": {"total_bytes_limit": 2**25}}),
-    ).result()  # fmt: skip
+    spec = {
+        "driver": "zarr3",
+        "kvstore": {"driver": "file", "path": f"{store.location}/{name}/"},
+        "metadata": array_metadata(layout.arrays()[name], layout.codec),
+        "recheck_cached_data": False,
+    }
+    context = ts.Context({"cache_pool": {"total_bytes_limit": 2**25}})
+    how = {"open": True, "read": True, "assume_metadata": True}
+    return ts.open(spec, context=context, **how).result()
 
 
 class Bare:
@@ -137,77 +143,82 @@ def best_rates(
     return found
 
 
-def pixel_rows(folder: Path, quick: bool) -> list[dict[str, Any]]:
-    side, bands, capacity, num_shards = (32, 2, 16, 2) if quick else (128, 12, 512, 4)
+def measured(
+    reads: str,
+    readers: dict[str, tuple[Read, int]],
+    batches: list[np.ndarray],
+    quick: bool,
+    limit: str = "tensorstore",
+) -> list[dict[str, Any]]:
+    """Rows of all readers, with one thread and with two."""
+    rows = []
+    for threads in (1, 2):
+        found = best_rates(readers, batches, threads, 1 if quick else ROUNDS)
+        rows += [
+            {
+                "reads": reads,
+                "reader": reader,
+                "threads": threads,
+                "frames/s": figure,
+                f"of {limit}": figure / found[limit],
+                "of tensorstore": figure / found["tensorstore"],
+            }
+            for reader, figure in found.items()
+        ]
+    return rows
+
+
+def into_own(read: Callable[[np.ndarray, np.ndarray], None], shape: tuple[int, ...]) -> Read:
+    """As a loader reads: into a buffer that each thread has already."""
+    of_thread = threading.local()
+
+    def call(frames: np.ndarray) -> None:
+        if not hasattr(of_thread, "out"):
+            of_thread.out = np.empty((BATCH, *shape), "uint16")
+        read(frames, of_thread.out[: len(frames)])
+
+    return call
+
+
+def pixel_store(folder: Path, quick: bool) -> tuple[Store, StoreLayout]:
+    side, bands, capacity, num_shards = (32, 2, 64, 2) if quick else (128, 12, 512, 4)
     sets = (BandSet("", tuple(f"b{i}" for i in range(bands)), "uint16", side),)
-    layout = StoreLayout(
-        "image", sets, BaseGrid(side // 4, side // 4, 4, 4), num_shards, capacity, "lz4"
-    )
-    rng, name = np.random.default_rng(0), "image/pixels"
+    grid = BaseGrid(side // 4, side // 4, 4, 4)
+    layout = StoreLayout("image", sets, grid, num_shards, capacity, "lz4")
+    rng = np.random.default_rng(0)
     frames = [smooth(rng, bands, side) for _ in range(8 if quick else 64)]
 
     def fill(encoded: dict[str, Any], shard: int) -> None:
         for slot in range(capacity):
-            encoded[name].put(slot, frames[(slot + 7 * shard) % len(frames)][None])
+            encoded[PIXELS].put(slot, frames[(slot + 7 * shard) % len(frames)][None])
 
-    store = make_store(folder / "pixels", layout, fill)
-    bare, array = Bare(store, layout, name), opened(store, layout, name)
-    python = zarr.open_array(store=_with_metadata(store, layout, name), mode="r")
-    outs: dict[int, np.ndarray] = {}
+    return make_store(folder, layout, fill), layout
 
-    def into(read: Callable[[np.ndarray, np.ndarray], None]) -> Read:
-        """As a loader reads: into a buffer that each thread has already."""
-        import threading
 
-        def call(wanted: np.ndarray) -> None:
-            out = outs.setdefault(
-                threading.get_ident(), np.empty((BATCH, bands, side, side), "uint16")
-            )
-            read(wanted, out[: len(wanted)])
-
-        return call
-
+def pixel_rows(folder: Path, quick: bool) -> list[dict[str, Any]]:
+    store, layout = pixel_store(folder / "pixels", quick)
+    bare, array = Bare(store, layout, PIXELS), opened(store, layout, PIXELS)
+    metadata = array_metadata(layout.arrays()[PIXELS], layout.codec)
+    (folder / "pixels" / PIXELS / "zarr.json").write_text(json.dumps(metadata))
+    python = zarr.open_array(store=folder / "pixels" / PIXELS, mode="r")
+    shape = layout.arrays()[PIXELS].shape[1:]
     readers: dict[str, tuple[Read, int]] = {
-        "read_into": (into(lambda f, out: store.read_into(name, f, out)), 10**6),
-        "bare loop": (into(bare.read), 10**6),
-        "with checksums": (into(bare.read_checked), 10**6),
-        "tensorstore": (lambda f: array[f].read().result(), 10**6),
-        "zarr-python": (lambda f: python.oindex[f], 4),
+        "read_into": (into_own(lambda f, out: store.read_into(PIXELS, f, out), shape), ALL),
+        "bare loop": (into_own(bare.read, shape), ALL),
+        "with checksums": (into_own(bare.read_checked, shape), ALL),
+        "tensorstore": (lambda f: array[f].read().result(), ALL),
+        "zarr-python": (lambda f: python.oindex[f], 2),
     }
-    slots, count = layout.num_frames, 4 if quick else 24
+    rng, slots, count = np.random.default_rng(1), layout.num_frames, 4 if quick else 24
     orders = {
-        "random": [rng.choice(slots, min(BATCH, slots), replace=False) for _ in range(count)],
-        "neighbours": [
-            np.arange(BATCH) % slots + begin
-            for begin in rng.integers(0, max(1, slots - BATCH), count).tolist()
-        ],
+        "random": [rng.choice(slots, BATCH, replace=False) for _ in range(count)],
+        "neighbours": [np.arange(b, b + BATCH) for b in rng.integers(0, slots - BATCH, count)],
     }
-    rows = []
-    for order, batches in orders.items():
-        for threads in (1, 2):
-            found = best_rates(
-                readers,
-                [np.minimum(b, slots - 1) for b in batches],
-                threads,
-                1 if quick else 4,
-            )
-            rows += [
-                {
-                    "reads": f"pixels, {order}", "reader": reader, "threads": threads, "frames/s": figure,
-                    "of the bare loop": figure / found["bare loop"], "of tensorstore": figure / found["tensorstore"],
-                }
-                for reader, figure in found.items()
-            ]  # fmt: skip
-    return rows
-
-
-def _with_metadata(store: Store, layout: StoreLayout, name: str) -> Path:
-    import json
-
-    folder = store.objects.folder / name
-    metadata = array_metadata(layout.arrays()[name], layout.codec)
-    (folder / "zarr.json").write_text(json.dumps(metadata))
-    return folder
+    return [
+        row
+        for order, batches in orders.items()
+        for row in measured(f"pixels, {order}", readers, batches, quick, "bare loop")
+    ]
 
 
 def leaves(rng: np.random.Generator, scale: int) -> list[int]:
@@ -217,63 +228,61 @@ def leaves(rng: np.random.Generator, scale: int) -> list[int]:
     return [leaf for _ in range(4) for leaf in leaves(rng, scale - 1)]
 
 
-def leaf_rows(folder: Path, quick: bool) -> list[dict[str, Any]]:
+def leaf_store(folder: Path, quick: bool) -> tuple[Store, StoreLayout]:
     num_shards, capacity = (4, 64) if quick else (1024, 512)
     sets = (BandSet("", ("b",), "uint16", 128),)
     layout = StoreLayout("image", sets, BaseGrid(32, 32, 4, 4), num_shards, capacity, "lz4")
-    rng, name = np.random.default_rng(0), "image/partitions/default/scales"
-    made = [
-        np.array([leaf for _ in range(16) for leaf in leaves(rng, 3)], np.uint8) for _ in range(256)
-    ]
+    rng = np.random.default_rng(0)
+    made = [np.array([x for _ in range(16) for x in leaves(rng, 3)], np.uint8) for _ in range(256)]
 
     def fill(encoded: dict[str, Any], shard: int) -> None:
-        of = [made[(slot + 7 * shard) % len(made)] for slot in range(capacity)]
-        encoded["image/partitions/default/counts"].put_leading(
-            np.array([len(f) for f in of], "int32")
-        )
-        encoded[name].put_leading(np.concatenate(of))
+        frames = [made[(slot + 7 * shard) % len(made)] for slot in range(capacity)]
+        encoded[COUNTS].put_leading(np.array([len(frame) for frame in frames], "int32"))
+        encoded[SCALES].put_leading(np.concatenate(frames))
 
-    store = make_store(folder / "leaves", layout, fill)
-    array = opened(store, layout, name)
+    return make_store(folder, layout, fill), layout
+
+
+def values_by_tensorstore(store: Store, layout: StoreLayout) -> Read:
+    """Bytes of the leaves of some frames, positions known: one slice per run of neighbours."""
+    array = opened(store, layout, SCALES)
     counts = store.per_frame("image", "partitions/default/counts").astype(np.int64)
-    of_shards = counts.reshape(num_shards, capacity)
+    of_shards = counts.reshape(layout.num_shards, layout.shard_capacity)
     first = np.cumsum(of_shards, axis=1) - of_shards
-    first = (first + np.arange(num_shards)[:, None] * layout.rows_per_shard).ravel()
+    first = (first + np.arange(layout.num_shards)[:, None] * layout.rows_per_shard).ravel()
 
-    def by_tensorstore(frames: np.ndarray) -> np.ndarray:
-        ends = first[frames] + counts[frames]
-        cuts = np.flatnonzero(first[frames][1:] != ends[:-1]) + 1
-        runs = zip(first[frames][np.append(0, cuts)].tolist(), ends[np.append(cuts, len(ends)) - 1].tolist(), strict=True)  # fmt: skip
-        under_way = [array[a:b].read() for a, b in runs]
+    def read(frames: np.ndarray) -> np.ndarray:
+        begins, ends = first[frames], first[frames] + counts[frames]
+        cuts = np.flatnonzero(begins[1:] != ends[:-1]) + 1
+        runs = zip(begins[np.append(0, cuts)], ends[np.append(cuts, 0) - 1], strict=True)
+        under_way = [array[int(begin) : int(end)].read() for begin, end in runs]
         return np.concatenate([read.result() for read in under_way])
 
+    return read
+
+
+def leaf_rows(folder: Path, quick: bool) -> list[dict[str, Any]]:
+    store, layout = leaf_store(folder / "leaves", quick)
     readers: dict[str, tuple[Read, int]] = {
-        "read_scales": (lambda f: store.read_scales("image", f), 10**6),
-        "tensorstore": (by_tensorstore, 10**6),
+        "read_scales": (lambda f: store.read_scales("image", f), ALL),
+        "tensorstore": (values_by_tensorstore(store, layout), ALL),
     }
-    slots, window, count = layout.num_frames, 64 if quick else 2048, 4 if quick else 64
+    rng, slots, count = np.random.default_rng(1), layout.num_frames, 4 if quick else 64
+    window = 64 if quick else 2048
     orders = {
         f"windows of {window}": [
-            np.arange(begin, begin + window) for begin in rng.integers(0, slots - window, count)
+            np.arange(b, b + window) for b in rng.integers(0, slots - window, count)
         ],
         "256 random": [rng.integers(0, slots, 256) for _ in range(count)],
     }
-    np.testing.assert_array_equal(
-        store.read_scales("image", orders["256 random"][0])[0],
-        by_tensorstore(orders["256 random"][0]),
-    )
-    rows = []
-    for order, batches in orders.items():
-        for threads in (1, 2):
-            found = best_rates(readers, batches, threads, 1 if quick else 4)
-            rows += [
-                {
-                    "reads": f"leaves, {order}", "reader": reader, "threads": threads, "frames/s": figure,
-                    "of tensorstore": figure / found["tensorstore"],
-                }
-                for reader, figure in found.items()
-            ]  # fmt: skip
-    return rows
+    for batches in orders.values():
+        scales, _ = store.read_scales("image", batches[0])
+        np.testing.assert_array_equal(scales, readers["tensorstore"][0](batches[0]))
+    return [
+        row
+        for order, batches in orders.items()
+        for row in measured(f"leaves, {order}", readers, batches, quick)
+    ]
 
 
 def main() -> None:
