@@ -12,8 +12,8 @@ from pipeline.storage.layout import ArraySpec
 from pipeline.storage.objects import LocalObjects, Objects
 from pipeline.storage.vouched import Said, Vouched, unlike
 
-# Files kept open: a mapped one counts twice, and a process may have 1024 as a rule.
-_OPEN_FILES = 128
+# Files kept open: a process may have 1024 as a rule.
+_OPEN_FILES = 256
 # Objects up to this size are held whole: their sha256 costs no further read, and they need no open file.
 _SMALL_BYTES = 2**16
 # All of those that are held.

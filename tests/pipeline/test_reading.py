@@ -22,7 +22,7 @@ from made_stores import forged, make_store
 from pipeline import segments
 from pipeline.errors import IntegrityError, StoreError
 from pipeline.grid import BaseGrid
-from pipeline.storage import files, opening
+from pipeline.storage import opening
 from pipeline.storage.layout import BandSet, StoreLayout, array_metadata
 from pipeline.storage.objects import LocalObjects
 from pipeline.store import Store
@@ -84,13 +84,11 @@ def afresh(store) -> Store:
     return pickle.loads(pickle.dumps(store))  # noqa: S301 (our own)
 
 
-@pytest.fixture(params=["held", "copied", "mapped"])
+@pytest.fixture(params=["held", "by ranges"])
 def way(request, monkeypatch):
-    """Small objects are held whole, larger ones read by ranges: as copies, or mapped."""
-    if request.param != "held":
+    """Small objects are held whole, larger ones read by ranges."""
+    if request.param == "by ranges":
         monkeypatch.setattr(opening, "_SMALL_BYTES", 0)
-    if request.param == "mapped":
-        monkeypatch.setattr(files, "_MAPPED_FROM", 0)
     return request.param
 
 
