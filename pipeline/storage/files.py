@@ -1,7 +1,7 @@
 """Local files, read by ranges.
 
-Read, not mapped: a mapped page that is not in memory is waited for with the interpreter's lock held, and one
-that was cut off ends the process. A read waits without the lock, fails in words and is as fast.
+Read, not mapped: a mapped page that is not in memory is waited for with the interpreter's lock held, and
+one that was cut off ends the process. A read waits without the lock and fails with an error.
 """
 
 import os
