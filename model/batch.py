@@ -224,6 +224,17 @@ class TokenBatch:
         return MergePlan(rows, finished, token_order)
 
     @cached_property
+    def timestamps(self) -> Tensor:
+        """int32 [N, 3]: (day, month, year) of each token's frame, as in `ModalityFrames.timestamps`."""
+        of_groups = [
+            frames.timestamps[self.frame[self.token_index(m, b)]]
+            for m, frames in enumerate(self.modalities)
+            for b in range(len(frames.band_sets))
+        ]
+        stamps = torch.cat(of_groups)
+        return torch.empty_like(stamps).index_copy(0, self._by_group, stamps)
+
+    @cached_property
     def tile_of_token(self) -> Tensor:
         """int64 [N]: position of each token's tile in the batch."""
         lengths = self.cu_seqlens.diff()
