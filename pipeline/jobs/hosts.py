@@ -15,7 +15,7 @@ from distributed import Client, get_worker
 from pipeline.errors import StoreError
 
 # What decides the bytes of a store, or whether tasks can be sent at all.
-_COMPARED = ("aptile", "distributed", "numpy", "numba", "rasterio", "zarr", "tensorstore")
+_COMPARED = ("aptile", "distributed", "numpy", "numba", "rasterio", "zarr", "numcodecs")
 # Network file systems show a new file to other hosts only after their cached listing has aged.
 _SEEN_WITHIN_S = 10.0
 _LOOK_EVERY_S = 0.5

@@ -23,7 +23,7 @@ _RANGE_SAMPLE_TILES = 64
 # Percentiles of the valid pixels that bound an estimated value range: robust against a few
 # saturated or dead pixels, wide enough to tell the rest apart.
 RANGE_PERCENTILES = (1.0, 99.0)
-_PROVENANCE = ("aptile", "numpy", "numba", "rasterio", "zarr", "tensorstore", "pyarrow")
+_PROVENANCE = ("aptile", "numpy", "numba", "rasterio", "zarr", "numcodecs", "pyarrow")
 
 Pairs = tuple[tuple[float, float], ...]
 

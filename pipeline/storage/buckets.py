@@ -8,14 +8,13 @@ import hashlib
 import os
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
-import numpy as np
 import obstore
 from obstore.exceptions import (
     AlreadyExistsError,
@@ -27,16 +26,10 @@ from obstore.exceptions import (
     UnauthenticatedError,
 )
 from obstore.store import from_url
-from zarr import Array
-from zarr.abc.store import ByteRequest, RangeByteRequest
-from zarr.core.array import AsyncArray
-from zarr.core.buffer import Buffer, BufferPrototype
-from zarr.core.metadata import ArrayV3Metadata
-from zarr.storage import ObjectStore, StorePath
 
 from pipeline.errors import IntegrityError, LockedError, StoreError
 from pipeline.storage.commit import MEND
-from pipeline.storage.layout import ROOT_METADATA, ArraySpec, array_metadata
+from pipeline.storage.layout import ROOT_METADATA
 from pipeline.storage.objects import Contents, check_name, entry
 
 if TYPE_CHECKING:
@@ -55,7 +48,7 @@ _LIST_FROM = 32
 # A conditional write whose fate is unknown is looked into so often.
 _SWAP_TRIES = 6
 # Parts of arrays carry their checksum; one that arrives spoilt is asked for again so often.
-_READ_TRIES = 4
+READ_TRIES = 4
 _CONNECT_TIMEOUT = timedelta(seconds=5)
 _LOCK = ".lock"
 _GONE = (NotFoundError, FileNotFoundError)
@@ -82,6 +75,7 @@ class BucketObjects:
 
     def __init__(self, url: str, patience: Patience = FOR_DATA) -> None:
         self.location, self._patience = _checked(url), patience
+        self._process = os.getpid()
         try:
             self.store = from_url(
                 self.location,
@@ -95,9 +89,17 @@ class BucketObjects:
             raise self.failed("cannot be used", error) from None
         self._logs: dict[str, str] = {}
 
-    @cached_property
+    def __reduce__(self) -> tuple[Any, ...]:
+        return BucketObjects, (self.location, self._patience)
+
+    @property
     def pool(self) -> ThreadPoolExecutor:
         """Threads that wait for answers."""
+        self._check_process()
+        return self._threads
+
+    @cached_property
+    def _threads(self) -> ThreadPoolExecutor:
         return ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="aptile-objects")
 
     def read(self, name: str) -> bytes:
@@ -108,6 +110,16 @@ class BucketObjects:
 
     def size(self, name: str) -> int | None:
         return self.sizes([name]).get(name)
+
+    def range(self, name: str, start: int, end: int) -> Any:
+        """A buffer of the bytes `start ... end - 1` of an object; an empty one if there is no object."""
+        found = self._tried(
+            lambda: obstore.get_range(
+                self.store, check_name(self.location, name), start=start, end=end
+            ),
+            f"cannot read bytes {start} to {end} of {name}",
+        )
+        return b"" if found is None else found
 
     def digest(self, name: str) -> dict[str, Any] | None:
         def read() -> dict[str, Any]:
@@ -137,7 +149,7 @@ class BucketObjects:
             else:
                 listed = dict(self._listed(f"{array}/c"))
                 found |= {name: listed[name] for name in members if name in listed}
-        for name, size in zip(single, self.pool.map(self._head, single), strict=True):
+        for name, size in zip(single, self.pool.map(self.head, single), strict=True):
             if size is not None:
                 found[name] = size
         return found
@@ -244,7 +256,8 @@ class BucketObjects:
 
         return self._tried(get, f"cannot read {name}")
 
-    def _head(self, name: str) -> int | None:
+    def head(self, name: str) -> int | None:
+        """Bytes of an object, asked for in this thread; None if there is none."""
         return self._tried(
             lambda: int(obstore.head(self.store, check_name(self.location, name))["size"]),
             f"cannot look at {name}",
@@ -255,6 +268,7 @@ class BucketObjects:
 
         obstore tries again where the connection fails, not where an answer breaks off.
         """
+        self._check_process()
         until = time.monotonic() + self._patience.in_all.total_seconds()
         for left in reversed(range(self._patience.retries)):
             try:
@@ -267,6 +281,14 @@ class BucketObjects:
                 if not left or time.monotonic() > until:
                     raise self.failed(what, error) from None
         raise AssertionError("a request is sent at least once")
+
+    def _check_process(self) -> None:
+        """Raise StoreError in a forked process: the threads that wait for answers are not there."""
+        if os.getpid() != self._process:
+            raise StoreError(
+                f"{self.location} was opened before this process was forked from another; open it in this "
+                "one, or start processes by spawn or forkserver"
+            )
 
     def _put(self, name: str, content: bytes) -> None:
         what = f"cannot write {len(content)} bytes to {name}"
@@ -337,47 +359,3 @@ def _without_secrets(url: str) -> str:
     scheme, _, rest = url.partition("://")
     place = rest.partition("?")[0]
     return f"{scheme}://{place.rpartition('@')[2]}"
-
-
-class _Ranges(ObjectStore[Any]):
-    """Reads of parts of objects that tell a lost part from one that was never written."""
-
-    async def get(
-        self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None
-    ) -> Buffer | None:
-        found = await super().get(key, prototype, byte_range)
-        if isinstance(byte_range, RangeByteRequest):
-            length = byte_range.end - byte_range.start
-            if found is None or len(found) != length:
-                raise ValueError(
-                    f"{key}: {0 if found is None else len(found)} of {length} bytes are there"
-                )
-        return found
-
-
-class BucketArray:
-    """One array, read through zarr by ranges."""
-
-    def __init__(self, objects: BucketObjects, name: str, spec: ArraySpec, codec: str) -> None:
-        path = StorePath(_Ranges(objects.store, read_only=True), name)
-        metadata = ArrayV3Metadata.from_dict(array_metadata(spec, codec))
-        self._array = Array(AsyncArray(metadata=metadata, store_path=path))
-        self._objects, self._name = objects, name
-
-    def read(self, first: slice | np.ndarray) -> "Future[np.ndarray]":
-        return self._objects.pool.submit(self._read, first)
-
-    def _read(self, first: slice | np.ndarray) -> np.ndarray:
-        """Raises ValueError where what arrives cannot be decoded, again and again."""
-        for left in reversed(range(_READ_TRIES)):
-            try:
-                part = self._array[first] if isinstance(first, slice) else self._array.oindex[first]
-                return np.asarray(part)
-            except BaseError as error:
-                if not left:
-                    raise self._objects.failed(f"cannot read {self._name}", error) from None
-            except (ValueError, RuntimeError, IndexError) as error:
-                # What decoders say of bytes they cannot use; they may have suffered on the way.
-                if not left:
-                    raise ValueError(f"{self._objects.location}/{self._name}: {error}") from None
-        raise AssertionError("an array is read at least once")

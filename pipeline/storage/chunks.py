@@ -5,12 +5,13 @@ Shards are untrusted: index and chunks carry crc32c, positions must lie inside t
 header says must agree with the array before anything is decoded.
 """
 
+import errno
 import os
 import struct
 import threading
 from collections import OrderedDict
-from contextlib import suppress
 from typing import Any, Generic, Protocol, TypeVar
+from weakref import WeakSet
 
 import google_crc32c
 import numpy as np
@@ -28,9 +29,9 @@ _BLOSC_SIZES = struct.Struct("<4xI4xI")
 _NO_CHUNK = 2**64 - 1
 # blosc's own threads would be shared by all callers, and do not survive a fork.
 blosc.use_threads = False
-_of_thread = threading.local()
 # uint8 [byte]; that an array is a buffer numpy declares from Python 3.12 on.
 Packed = Any
+TOO_MANY_OPEN = (errno.EMFILE, errno.ENFILE)
 _Key = TypeVar("_Key")
 _Value = TypeVar("_Value")
 
@@ -39,6 +40,8 @@ class Content(Protocol):
     """The bytes of one object."""
 
     size: int
+    tries: int
+    """How often what does not match its checksum is read: more than once where it may suffer on the way."""
 
     def read(self, offset: int, length: int) -> Packed:
         """uint8 [length], good until this thread reads again. Fewer where the object ends before."""
@@ -46,8 +49,29 @@ class Content(Protocol):
     def ask(self, offsets: np.ndarray, lengths: np.ndarray) -> None:
         """These ranges are going to be read: make them come, without waiting for them."""
 
+    def arrange(self, offsets: np.ndarray, lengths: np.ndarray) -> None:
+        """These are the ranges there are, none of them empty."""
 
-class Whole:
+    def forget(self, offset: int) -> None:
+        """The range from `offset` on came spoilt: the next read brings it anew."""
+
+
+class Here:
+    """What reads need not do where bytes are at hand."""
+
+    tries = 1
+
+    def ask(self, offsets: np.ndarray, lengths: np.ndarray) -> None:
+        pass
+
+    def arrange(self, offsets: np.ndarray, lengths: np.ndarray) -> None:
+        pass
+
+    def forget(self, offset: int) -> None:
+        pass
+
+
+class Whole(Here):
     """An object that is held in memory."""
 
     def __init__(self, content: bytes) -> None:
@@ -55,41 +79,6 @@ class Whole:
 
     def read(self, offset: int, length: int) -> Packed:
         return self._bytes[offset : offset + length]
-
-    def ask(self, offsets: np.ndarray, lengths: np.ndarray) -> None:
-        pass
-
-
-class LocalFile:
-    """A file. Reads share no position, so threads and forked processes may read at once.
-
-    Read, not mapped: as fast, and a file cut short meanwhile is an error instead of a signal.
-    """
-
-    def __init__(self, path: str) -> None:
-        self._file = os.open(path, os.O_RDONLY)
-        self.size = os.fstat(self._file).st_size
-
-    def __del__(self, close=os.close) -> None:  # type: ignore[no-untyped-def]
-        # Whoever still reads holds the object: no number of a file is closed and given to another.
-        if hasattr(self, "_file"):
-            close(self._file)
-
-    def read(self, offset: int, length: int) -> Packed:
-        found = _scratch(length)
-        read = os.preadv(self._file, (found,), offset)
-        while read < length:
-            more = os.preadv(self._file, (found[read:],), offset + read)
-            if not more:
-                return found[:read]
-            read += more
-        return found
-
-    def ask(self, offsets: np.ndarray, lengths: np.ndarray) -> None:
-        if not hasattr(os, "posix_fadvise"):
-            return  # macOS
-        for offset, length in zip(offsets.tolist(), lengths.tolist(), strict=True):
-            os.posix_fadvise(self._file, offset, length, os.POSIX_FADV_WILLNEED)
 
 
 class Shard:
@@ -123,6 +112,11 @@ class Shard:
             else:
                 out[row] = self._fill
 
+    @property
+    def held_bytes(self) -> int:
+        """What the index takes."""
+        return self._offsets.nbytes + self._lengths.nbytes
+
     def ask(self, chunks: np.ndarray) -> None:
         """These chunks are going to be decoded."""
         if self._content is not None:
@@ -130,10 +124,7 @@ class Shard:
             self._content.ask(self._offsets[there], self._lengths[there])
 
     def _decode_one(self, offset: int, length: int, out: np.ndarray) -> None:
-        packed, end = self._read(offset, length), length - CRC_BYTES
-        payload = packed[:end]
-        if google_crc32c.value(payload) != _CRC.unpack_from(packed, end)[0]:
-            raise self._damaged(offset, length, "do not match their checksum")
+        payload, end = self._checked(offset, length), length - CRC_BYTES
         decoded, encoded = _BLOSC_SIZES.unpack_from(payload)
         if decoded != self._chunk_bytes or encoded != end:
             expected = f"instead of {self._chunk_bytes} and {end}"
@@ -150,24 +141,34 @@ class Shard:
         end = content.size - index_bytes - CRC_BYTES
         if end < 0:
             raise self._damaged(0, content.size, f"are too few for an index of {num_chunks} chunks")
-        packed = self._read(end, index_bytes + CRC_BYTES)
-        if google_crc32c.value(packed[:index_bytes]) != _CRC.unpack_from(packed, index_bytes)[0]:
-            raise self._damaged(end, len(packed), "are an index that does not match its checksum")
-        table = packed[:index_bytes].view("<u8").reshape(num_chunks, 2)
+        table = self._checked(end, index_bytes + CRC_BYTES).view("<u8").reshape(num_chunks, 2)
         there = (table != _NO_CHUNK).any(1)
-        offsets, lengths = (np.where(there, column, 0) for column in table.T)
+        table = np.where(there[:, None], table, 0)
+        offsets, lengths = table[:, 0].copy(), table[:, 1].copy()
         shortest = _BLOSC_SIZES.size + CRC_BYTES
-        longest = self._chunk_bytes + blosc.MAX_OVERHEAD + CRC_BYTES
+        longest = min(self._chunk_bytes + blosc.MAX_OVERHEAD + CRC_BYTES, end)
         # Unsigned: nothing is added to what may be as large as a number can be.
-        wrong = (lengths < shortest) | (lengths > min(longest, end)) | (offsets > end)
+        wrong = there & ((lengths < shortest) | (lengths > longest))
         wrong |= offsets > np.uint64(end) - np.minimum(lengths, np.uint64(end))
-        wrong &= there
         if wrong.any():
             chunk = int(wrong.argmax())
             raise self._damaged(
                 int(offsets[chunk]), int(lengths[chunk]), f"cannot be those of chunk {chunk}"
             )
-        return offsets.astype(np.int64), lengths.astype(np.int64)
+        # Below the object's size, so that the same bits are the same number with a sign.
+        offsets, lengths = offsets.view(np.int64), lengths.view(np.int64)
+        content.arrange(offsets[there], lengths[there])
+        return offsets, lengths
+
+    def _checked(self, offset: int, length: int) -> Packed:
+        """Bytes that match the checksum after them."""
+        assert self._content is not None
+        for _ in range(self._content.tries):
+            packed, end = self._read(offset, length), length - CRC_BYTES
+            if google_crc32c.value(packed[:end]) == _CRC.unpack_from(packed, end)[0]:
+                return packed[:end]
+            self._content.forget(offset)
+        raise self._damaged(offset, length, "do not match their checksum")
 
     def _read(self, offset: int, length: int) -> Packed:
         assert self._content is not None
@@ -187,41 +188,57 @@ class Shard:
 
 def unreadable(where: str, error: OSError) -> StoreError:
     """What is told of a file that is there and cannot be read."""
+    remedy = "check the disk and the permissions"
+    if error.errno in TOO_MANY_OPEN:
+        remedy = "raise the limit of open files (ulimit -n)"
     return StoreError(
-        f"{where} cannot be read: {error.strerror}; check the disk and the permissions, then run the same "
-        "command again"
+        f"{where} cannot be read: {error.strerror}; {remedy}, then run the same command again"
     )
 
 
 class Recent(Generic[_Key, _Value]):
-    """What was used last, so many of it.
-
-    Without a lock: every step is one of the interpreter's own, so that no fork finds it held.
-    """
+    """What was used last, up to a limit: of values, or of their weights. Safe from threads and forks."""
 
     def __init__(self, limit: int) -> None:
-        self._limit, self._values = limit, OrderedDict[_Key, _Value]()
+        self._limit, self._weight = limit, 0
+        self._values: OrderedDict[_Key, tuple[_Value, int]] = OrderedDict()
+        self._lock = threading.Lock()
+        _all_recent.add(self)
 
     def get(self, key: _Key) -> _Value | None:
-        found = self._values.get(key)
-        if found is not None:
-            with suppress(KeyError):
-                self._values.move_to_end(key)
-        return found
+        with self._lock:
+            found = self._values.get(key)
+            if found is None:
+                return None
+            self._values.move_to_end(key)
+            return found[0]
 
-    def put(self, key: _Key, value: _Value) -> None:
-        self._values[key] = value
-        while len(self._values) > self._limit:
-            with suppress(KeyError):
-                self._values.popitem(last=False)
+    def put(self, key: _Key, value: _Value, weight: int = 1) -> None:
+        with self._lock:
+            self._weight += weight - self._values.pop(key, (None, 0))[1]
+            self._values[key] = value, weight
+            while self._weight > self._limit and len(self._values) > 1:
+                self._weight -= self._values.popitem(last=False)[1][1]
 
     def clear(self) -> None:
-        self._values.clear()
+        with self._lock:
+            self._values.clear()
+            self._weight = 0
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def unlock(self) -> None:
+        """In a forked process: whoever held the lock is not here."""
+        self._lock = threading.Lock()
 
 
-def _scratch(length: int) -> Packed:
-    """uint8 [length] of this thread; what was there before is lost."""
-    held = getattr(_of_thread, "scratch", None)
-    if held is None or len(held) < length:
-        held = _of_thread.scratch = np.empty(length, np.uint8)
-    return held[:length]
+_all_recent: "WeakSet[Recent[Any, Any]]" = WeakSet()
+
+
+def _after_fork() -> None:
+    for recent in _all_recent:
+        recent.unlock()
+
+
+os.register_at_fork(after_in_child=_after_fork)

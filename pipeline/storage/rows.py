@@ -30,7 +30,7 @@ class PartitionRows:
         self._counts = np.zeros((layout.num_shards, layout.shard_capacity), np.int32)
         self._first = np.zeros((layout.num_shards, layout.shard_capacity), np.int64)
         self._chunk_rows = arrays.spec(self._scales_name).chunk[0]
-        self._chunks: Recent[int, np.ndarray] = Recent(max(1, _CACHE_BYTES // self._chunk_rows))
+        self._chunks: Recent[int, np.ndarray] = Recent(_CACHE_BYTES)
 
     def read(self, frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Leaves uint8 [rows] of `frames` (int64 [n], any order), frame after frame, and counts int64 [n].
@@ -85,23 +85,21 @@ class PartitionRows:
 
     def _gather(self, begins: np.ndarray, counts: np.ndarray) -> np.ndarray:
         """The rows `begins[i] ... begins[i] + counts[i] - 1`, run after run."""
+        if not len(begins):
+            return np.empty(0, np.uint8)
         chunks = self._touched(begins, counts)
         held = self._decoded(chunks)
         # A frame's chunks follow one another in the array, and so they do among those touched.
         at = np.searchsorted(chunks, begins // self._chunk_rows) * self._chunk_rows
         at += begins % self._chunk_rows
-        if not len(at):
-            return held
-        if np.array_equal(at[1:], at[:-1] + counts[:-1]):
-            return held[at[0] : at[-1] + counts[-1]].copy()
-        runs = np.flatnonzero(at[1:] != at[:-1] + counts[:-1]) + 1
-        if len(runs) * 4 > len(at):
+        ends = at + counts
+        cuts = np.flatnonzero(at[1:] != ends[:-1]) + 1
+        if len(cuts) * 4 > len(at):
             return held[expand(at, counts)]
-        heads, tails = np.append(0, runs), np.append(runs, len(at)) - 1
-        ends = at[tails] + counts[tails]
-        return np.concatenate(
-            [held[:0], *(held[a:b] for a, b in zip(at[heads].tolist(), ends.tolist(), strict=True))]
+        runs = zip(
+            at[np.append(0, cuts)].tolist(), ends[np.append(cuts, 0) - 1].tolist(), strict=True
         )
+        return np.concatenate([held[begin:end] for begin, end in runs])
 
     def _touched(self, begins: np.ndarray, counts: np.ndarray) -> np.ndarray:
         """Numbers of the chunks that hold some rows, ascending; a frame has no more rows than a chunk."""
@@ -121,9 +119,7 @@ class PartitionRows:
             else:
                 rows[position] = found
         if wanted:
-            read = np.empty((len(wanted), self._chunk_rows), np.uint8)
-            self._arrays.chunks_into(self._scales_name, chunks[wanted], read)
-            rows[wanted] = read
-            for chunk, values in zip(chunks[wanted].tolist(), read, strict=True):
-                self._chunks.put(chunk, values.copy())
+            self._arrays.chunks_into(self._scales_name, chunks[wanted], rows, np.array(wanted))
+            for position, chunk in zip(wanted, chunks[wanted].tolist(), strict=True):
+                self._chunks.put(chunk, rows[position].copy(), self._chunk_rows)
         return rows.reshape(-1)

@@ -92,7 +92,7 @@ class Vouched:
         """Ledger rows by shard, of a partition or of everything written with the pixels."""
         if name == DEFAULT_PARTITION:
             rows = self.history.shards
-            missing = set(shards) - rows.keys()
+            missing = [shard for shard in shards if shard not in rows]
             if missing:
                 raise IntegrityError(
                     f"{self._objects.location}: no ledger names shard {min(missing)}; {MEND}"
@@ -103,7 +103,7 @@ class Vouched:
             assert self._commit is not None
             self._partition_rows[key] = partition_shards(self._objects, *key, self._commit)
         rows = self._partition_rows[key]
-        missing = set(shards) - rows.keys()
+        missing = [shard for shard in shards if shard not in rows]
         if missing:
             raise StoreError(
                 f"{self._objects.location}: partition {name!r} of {modality} was made before "
