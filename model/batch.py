@@ -13,17 +13,15 @@ Shape suffixes used in this package:
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
+from model.cells import SIGNED, cell_tables, cut, runs
 from pipeline.errors import ConfigError
 from pipeline.grid import BaseGrid
-
-# What torch can only do in part with unsigned numbers it does with signed ones of the same bits.
-_SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
 
 # Values of `TokenBatch.mask`: who sees a token.
 ONLINE, TARGET_ONLY, DECODER, MISSING = range(4)
@@ -216,8 +214,19 @@ class TokenBatch:
         by_scale = self._by_group[scales[self._by_group].argsort(stable=True)]
         token_order = torch.empty_like(by_scale)
         token_order[by_scale] = torch.arange(self.num_tokens, device=self.device)
-        rows = _runs(first_row[by_scale], scales[by_scale], num_rows)
+        rows = runs(first_row[by_scale], scales[by_scale], num_rows)
         return MergePlan(rows, finished, token_order)
+
+    @cached_property
+    def timestamps(self) -> Tensor:
+        """int32 [N, 3]: (day, month, year) of each token's frame, as in `ModalityFrames.timestamps`."""
+        of_groups = [
+            frames.timestamps[self.frame[self.token_index(m, b)]]
+            for m, frames in enumerate(self.modalities)
+            for b in range(len(frames.band_sets))
+        ]
+        stamps = torch.cat(of_groups)
+        return torch.empty_like(stamps).index_copy(0, self._by_group, stamps)
 
     @cached_property
     def tile_of_token(self) -> Tensor:
@@ -280,18 +289,18 @@ class TokenBatch:
         frames = self.modalities[modality]
         tokens = self.token_index(modality, 0)
         y, x = self.positions[tokens, :2].long().unbind(1)
-        order, position = _cell_tables(frames.grid, self.device)
+        order, position = cell_tables(frames.grid, self.device)
         first = self.frame[tokens] * order.numel() + position[y * frames.grid.cols + x]
-        return _runs(first, self.scales[tokens].long(), frames.num_covered)
+        return runs(first, self.scales[tokens].long(), frames.num_covered)
 
     def _cells(self, modality: int, band_set: int) -> tuple[Tensor, Tensor]:
         frames = self.modalities[modality]
         index, grid = self.cell_index(modality), frames.grid
         frame, position = index // grid.num_cells, index % grid.num_cells
-        row_major = _cell_tables(grid, self.device)[0][position]
+        row_major = cell_tables(grid, self.device)[0][position]
         at = (frame, row_major // grid.cols, row_major % grid.cols)
         chosen = frames.band_sets[band_set]
-        return _cut(chosen.pixels, grid, at), _cut(chosen.valid[:, None], grid, at)[:, 0]
+        return cut(chosen.pixels, grid, at), cut(chosen.valid[:, None], grid, at)[:, 0]
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Self:
         return replace(self, **_mapped(self, change))
@@ -342,48 +351,10 @@ class _Unsigned:
 
 def _pickled(tensor: Tensor) -> Tensor | _Unsigned:
     # torch writes tensors of these types, but cannot read them again.
-    if tensor.dtype in _SIGNED:
-        return _Unsigned(tensor.view(_SIGNED[tensor.dtype]), tensor.dtype)
+    if tensor.dtype in SIGNED:
+        return _Unsigned(tensor.view(SIGNED[tensor.dtype]), tensor.dtype)
     return tensor
 
 
 def _unpickled(value: Tensor | _Unsigned) -> Tensor:
     return value.signed.view(value.dtype) if isinstance(value, _Unsigned) else value
-
-
-def _runs(first: Tensor, scales: Tensor, total: int) -> Tensor:
-    """int64 [total]: the numbers `first[i] ... first[i] + 4**scales[i] - 1`, run after run."""
-    lengths = 1 << 2 * scales
-    offset = first - (lengths.cumsum(0) - lengths)
-    # Told the size, a GPU need not be waited for.
-    offset = offset.repeat_interleave(lengths, output_size=total)
-    return offset + torch.arange(total, device=first.device)
-
-
-@lru_cache(maxsize=32)
-def _cell_tables(grid: BaseGrid, device: torch.device) -> tuple[Tensor, Tensor]:
-    """int64 [cell] each: row-major index of every storage position, and the other way round."""
-    order = torch.from_numpy(grid.storage_order).to(device)
-    return order, order.argsort()
-
-
-def _cut(frames: Tensor, grid: BaseGrid, at: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-    """[M, C, P, P]: cells `at` (frame, row, column) of frames [F, C, y, x]."""
-    if frames.dtype in _SIGNED:
-        return _cut(frames.view(_SIGNED[frames.dtype]), grid, at).view(frames.dtype)
-    frames = _whole_cells(frames, grid)
-    p = frames.shape[-1] // grid.cols
-    blocks = frames.unflatten(3, (grid.cols, p)).unflatten(2, (grid.rows, p))
-    frame, row, column = at
-    return blocks[frame, :, row, :, column]
-
-
-def _whole_cells(frames: Tensor, grid: BaseGrid) -> Tensor:
-    """Frames [F, C, y, x] with a whole number of px per cell: as they are, or by nearest neighbour."""
-    for axis, cells in ((2, grid.rows), (3, grid.cols)):
-        size = frames.shape[axis]
-        if size % cells:
-            wanted = -(-size // cells) * cells
-            centres = 2 * torch.arange(wanted, device=frames.device) + 1
-            frames = frames.index_select(axis, centres * size // (2 * wanted))
-    return frames

@@ -133,14 +133,19 @@ class ModalityReader:
 
     def convert(self, frames: FrameArrays, buffers: Buffers) -> None:
         """Bring the pixels into the format asked for, in place."""
-        for band_set in frames.band_sets:
-            wanted = self.format.of(band_set.pixels.dtype.name)
-            if self.format.normalize:
-                _normalize(band_set, self.ranges[band_set.name], wanted, buffers)
-            elif wanted != band_set.pixels.dtype:
-                pixels = buffers.take(band_set.pixels.shape, wanted)
-                np.copyto(pixels, band_set.pixels, casting="unsafe")
-                band_set.pixels = pixels
+        # Pixels that are not valid may be any number.
+        with np.errstate(over="ignore", invalid="ignore"):
+            for band_set in frames.band_sets:
+                self._convert(band_set, buffers)
+
+    def _convert(self, band_set: BandSetArrays, buffers: Buffers) -> None:
+        wanted = self.format.of(band_set.pixels.dtype.name)
+        if self.format.normalize:
+            normalize(band_set, self.ranges[band_set.name], wanted, buffers)
+        elif wanted != band_set.pixels.dtype:
+            pixels = buffers.take(band_set.pixels.shape, wanted)
+            np.copyto(pixels, band_set.pixels, casting="unsafe")
+            band_set.pixels = pixels
 
     def _band_set(
         self, store: Store, band_set: BandSet, slots: np.ndarray, buffers: Buffers
@@ -220,23 +225,29 @@ def band_ranges(
     }
 
 
-def _normalize(
+def normalize(
     band_set: BandSetArrays, ranges: np.ndarray, wanted: np.dtype[Any], buffers: Buffers
 ) -> None:
-    """To [-1, 1] over the value range as `model.embed.PixelNormalization` has it, number by number."""
+    """To [-1, 1] over `ranges` [C, 2] as `model.embed.PixelNormalization` has it, number by number.
+
+    Pixels that are not valid, or of a band that is not present, become 0.
+    """
     low = ranges[:, 0, None, None]
     span = ranges[:, 1, None, None] - low
     pixels = buffers.take(band_set.pixels.shape, wanted)
-    unit = np.empty(band_set.pixels.shape[1:], np.float32)
+    scratch = np.empty(pixels.shape[1:], np.float32)
     # Frame by frame, so that all passes but the first find their numbers in the cache.
     for frame, stored in enumerate(band_set.pixels):
-        np.copyto(unit, stored, casting="unsafe")
-        unit -= low
+        unit = pixels[frame] if wanted == np.float32 else scratch
+        np.subtract(stored, low, out=unit, dtype=np.float32, casting="unsafe")
         unit /= span
         unit *= 2
         unit -= 1
         there = band_set.valid[frame] & band_set.band_present[frame, :, None, None]
-        np.copyto(pixels[frame], np.where(there, unit, np.float32(0)), casting="same_kind")
+        if not there.all():
+            np.copyto(unit, 0, where=~there)
+        if unit is scratch:
+            np.copyto(pixels[frame], unit, casting="same_kind")
     band_set.pixels = pixels
 
 

@@ -211,6 +211,9 @@ def test_a_batch_of_two_modalities_two_dates_and_two_band_sets():
     optical, radar = batch.modalities
     assert (optical.tokens_per_scale, radar.tokens_per_scale) == ((3, 1), (2,))
     assert optical.timestamps.tolist() == [[1, 0, 2020], [-1, -1, -1], [31, 11, 2021]]
+    unknown = [-1, -1, -1]
+    of_tile_0 = [[1, 0, 2020], unknown, unknown, unknown]
+    assert batch.timestamps.tolist() == of_tile_0 * 2 + [unknown] * 2
     assert batch.labels["crop"].tolist() == [[5], [6]]
 
 
@@ -443,3 +446,16 @@ def test_a_band_that_was_dropped_counts_as_no_pixels(make_tiles, make_encoder, w
         outputs.append(encoder(dropped))
     assert torch.equal(*outputs)
     assert not torch.equal(outputs[0], encoder(batch))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_a_batch_on_a_gpu_is_what_it_is_here(make_tiles):
+    batch = pack(several(make_tiles()))
+    there = batch.pin_memory().to("cuda", non_blocking=True)
+    for m, b in GROUPS:
+        pairs = zip(there.cells(m, b), batch.cells(m, b), strict=True)
+        assert all(torch.equal(a.cpu(), b) for a, b in pairs)
+    assert torch.equal(there.merge.rows.cpu(), batch.merge.rows)
+    assert torch.equal(there.merge.token_order.cpu(), batch.merge.token_order)
+    values = torch.arange(batch.num_tokens, device="cuda")[:, None]
+    assert torch.equal(there.unpad(there.padded(values)[0]), values)

@@ -12,6 +12,9 @@ import torch
 
 from model import APTEncoder, EncoderConfig, TileDataset
 from model.data import Augmentation
+from model.data.frames import NewMemory, normalize
+from model.embed import PixelNormalization
+from model.packing import BandSetArrays
 from pipeline import open_store, segments
 from pipeline.errors import ConfigError, IntegrityError, StoreError
 from pipeline.jobs.job import run_job
@@ -174,6 +177,29 @@ def test_normalised_pixels_are_what_the_encoder_would_make_of_them(path):
     assert torch.equal(half.batch(range(7)).cells(0, 0)[0], other.cells(0, 0)[0].half())
     single = TileDataset(path, modalities=chosen, dtype="float32").batch([0])
     assert torch.equal(single.cells(0, 0)[0], plain.batch([0]).cells(0, 0)[0].float())
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int32, np.float32, np.float64])
+def test_normalising_gives_the_encoders_numbers_bit_for_bit(dtype):
+    rng = np.random.default_rng(1)
+    pixels = rng.integers(0, 200, (5, 2, 8, 8)).astype(dtype)
+    valid = rng.random((5, 8, 8)) < 0.8
+    valid[0] = True
+    if pixels.dtype.kind == "f":
+        pixels += rng.random(pixels.shape).astype(dtype)
+        junk = rng.choice([np.nan, np.inf, np.finfo(dtype).max], pixels.shape)
+        pixels = np.where(valid[:, None], pixels, junk).astype(dtype)
+    present = np.ones((5, 2), bool)
+    present[1, 0] = False
+    ranges = np.array([[0.1, 171.3], [-7, 211]], np.float32)
+    band_set = BandSetArrays("", ("a", "b"), pixels, valid, present)
+    with np.errstate(all="ignore"):
+        normalize(band_set, ranges, np.dtype("float32"), NewMemory())
+    there = torch.from_numpy(valid[:, None] & present[:, :, None, None])
+    expected = PixelNormalization(tuple(map(tuple, ranges.tolist())))(
+        torch.from_numpy(pixels), there
+    )
+    assert torch.equal(torch.from_numpy(band_set.pixels), expected)
 
 
 def test_a_limit_keeps_part_of_a_tiles_leaves_whatever_the_batch(path, dataset):
