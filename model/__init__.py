@@ -4,16 +4,16 @@ Never imports dask, rasterio or numba: a training environment can lack them.
 """
 
 from model.batch import TokenBatch
-from model.data import BatchOrder, BatchStream, TileDataset
+from model.data import BatchStream, TileDataset, TokenBatches
 from model.encoder import APTEncoder, EncoderConfig
 from model.upsample import scatter_to_grid
 
 __all__ = [
     "APTEncoder",
-    "BatchOrder",
     "BatchStream",
     "EncoderConfig",
     "TileDataset",
     "TokenBatch",
+    "TokenBatches",
     "scatter_to_grid",
 ]

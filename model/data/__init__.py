@@ -1,6 +1,7 @@
 """Tiles of a store as torch data, and the order in which they are trained on."""
 
 from model.data.dataset import TileDataset
-from model.data.stream import BatchOrder, BatchStream
+from model.data.loader import TokenBatches
+from model.data.stream import BatchStream
 
-__all__ = ["BatchOrder", "BatchStream", "TileDataset"]
+__all__ = ["BatchStream", "TileDataset", "TokenBatches"]
