@@ -4,16 +4,18 @@ Never imports dask, rasterio or numba: a training environment can lack them.
 """
 
 from model.batch import TokenBatch
-from model.data import BatchStream, TileDataset, TokenBatches
+from model.data import Augmentation, BatchStream, TileDataset, TokenBatches, mix
 from model.encoder import APTEncoder, EncoderConfig
 from model.upsample import scatter_to_grid
 
 __all__ = [
     "APTEncoder",
+    "Augmentation",
     "BatchStream",
     "EncoderConfig",
     "TileDataset",
     "TokenBatch",
     "TokenBatches",
+    "mix",
     "scatter_to_grid",
 ]

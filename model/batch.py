@@ -22,6 +22,9 @@ from torch import Tensor
 from pipeline.errors import ConfigError
 from pipeline.grid import BaseGrid
 
+# What torch can only do in part with unsigned numbers it does with signed ones of the same bits.
+_SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
+
 # Values of `TokenBatch.mask`: who sees a token.
 ONLINE, TARGET_ONLY, DECODER, MISSING = range(4)
 
@@ -247,7 +250,10 @@ class TokenBatch:
 
     def __getstate__(self) -> dict[str, Any]:
         # Without what is derived.
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        return _mapped(self, _pickled)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update({name: _changed(value, _unpickled) for name, value in state.items()})
 
     @cached_property
     def _by_group(self) -> Tensor:
@@ -307,14 +313,14 @@ def only_group(batch: TokenBatch, what: str) -> ModalityFrames:
     return batch.modalities[0]
 
 
-def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+def _mapped(value: Any, change: Callable[[Any], Any]) -> dict[str, Any]:
     """Every field of a dataclass with its tensors changed."""
     return {field.name: _changed(getattr(value, field.name), change) for field in fields(value)}
 
 
-def _changed(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+def _changed(value: Any, change: Callable[[Any], Any]) -> Any:
     match value:
-        case Tensor():
+        case Tensor() | _Unsigned():
             return change(value)
         case BandSetPixels() | ModalityFrames() | LabelFrames():
             return replace(value, **_mapped(value, change))
@@ -324,6 +330,25 @@ def _changed(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
             return {name: _changed(item, change) for name, item in value.items()}
         case _:
             return value
+
+
+@dataclass(frozen=True)
+class _Unsigned:
+    """A tensor of unsigned numbers, seen as signed ones."""
+
+    signed: Tensor
+    dtype: torch.dtype
+
+
+def _pickled(tensor: Tensor) -> Tensor | _Unsigned:
+    # torch writes tensors of these types, but cannot read them again.
+    if tensor.dtype in _SIGNED:
+        return _Unsigned(tensor.view(_SIGNED[tensor.dtype]), tensor.dtype)
+    return tensor
+
+
+def _unpickled(value: Tensor | _Unsigned) -> Tensor:
+    return value.signed.view(value.dtype) if isinstance(value, _Unsigned) else value
 
 
 def _runs(first: Tensor, scales: Tensor, total: int) -> Tensor:
@@ -340,10 +365,6 @@ def _cell_tables(grid: BaseGrid, device: torch.device) -> tuple[Tensor, Tensor]:
     """int64 [cell] each: row-major index of every storage position, and the other way round."""
     order = torch.from_numpy(grid.storage_order).to(device)
     return order, order.argsort()
-
-
-# Not every device gathers unsigned numbers.
-_SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
 
 
 def _cut(frames: Tensor, grid: BaseGrid, at: tuple[Tensor, Tensor, Tensor]) -> Tensor:

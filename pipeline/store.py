@@ -164,7 +164,8 @@ class Store:
         if name not in self.partitions(modality):
             raise StoreError(
                 f"{self.location}: no partition {name!r}; there are "
-                f"{', '.join(self.partitions(modality))}. `aptile repartition` makes others"
+                f"{', '.join(self.partitions(modality))} for modality {modality}. `aptile repartition` "
+                "makes others"
             )
 
     def _partition_entries(self, modality: str) -> dict[str, Any]:

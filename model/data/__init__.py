@@ -1,7 +1,9 @@
 """Tiles of a store as torch data, and the order in which they are trained on."""
 
+from model.data.augment import Augmentation
 from model.data.dataset import TileDataset
 from model.data.loader import TokenBatches
+from model.data.mixing import mix
 from model.data.stream import BatchStream
 
-__all__ = ["BatchStream", "TileDataset", "TokenBatches"]
+__all__ = ["Augmentation", "BatchStream", "TileDataset", "TokenBatches", "mix"]

@@ -5,7 +5,7 @@ All its frames, modalities and labels turn and are cropped together.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -13,6 +13,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from model.data import draws
+from model.data.frames import Buffers, ChosenFrames, LabelReader, ModalityReader
 from model.data.symmetry import (
     FLIPS,
     IDENTITY,
@@ -24,13 +25,13 @@ from model.data.symmetry import (
     turn_rasters,
     turn_scales,
 )
+from model.packing import BandSetArrays, FrameArrays, LabelArrays, TileArrays
 from pipeline.errors import ConfigError
-from pipeline.grid import BaseGrid
 from pipeline.scorers.config import Frozen
 from pipeline.storage.layout import StoreLayout
 
-# Seed and epoch of random numbers; without one nothing is random (see `Augmenter`).
-Draw = tuple[int, int] | None
+# (seed, epoch): what randomness is drawn by, beside the tile.
+Draw = tuple[int, int]
 
 
 class Augmentation(Frozen):
@@ -85,123 +86,122 @@ class Crop:
 
 
 @dataclass(frozen=True)
-class BandSetRead:
-    """One band set of some frames: `pixels` [F, C, y, x], `valid` bool [F, y, x].
-
-    `band_present` bool [F, C] is False where a band was left out; its pixels are 0.
-    """
-
-    name: str
-    pixels: np.ndarray
-    valid: np.ndarray
-    band_present: np.ndarray
-
-
-@dataclass(frozen=True)
-class FramesRead:
-    """Frames of one modality of a batch.
-
-    `scales` uint8 [leaf] of frame after frame on `grid`, `counts` int64 [F] leaves of each; `tile`
-    int64 [F] is each frame's place in the batch.
-    """
-
-    modality: str
-    grid: BaseGrid
-    scales: np.ndarray
-    counts: np.ndarray
-    tile: np.ndarray
-    band_sets: tuple[BandSetRead, ...]
-
-
-@dataclass(frozen=True)
 class Augmenter:
-    """An augmentation for the modalities of one dataset; `prepared` makes it.
+    """An augmentation for what one dataset reads; `augmenter_of` makes it.
 
-    Every method takes `draw`, seed and epoch. Without one nothing is random: no turn, every date and
-    band, and of a crop the window in the middle. Keys are int64 and name tiles.
+    `dated` holds the modalities that are not static, and whether they have tokens; labels have none.
+
+    Methods take `draw`, seed and epoch, and keys, int64, that name tiles. Without a draw nothing is random:
+    no turn, every date and band, and of a crop the window in the middle.
     """
 
     settings: Augmentation
     crop: Crop | None
+    dated: Mapping[str, bool]
 
-    def keep_frames(
-        self, draw: Draw, tile_keys: np.ndarray, timesteps: np.ndarray, counts: np.ndarray
+    def leave_out_dates(
+        self, draw: Draw | None, tile_keys: np.ndarray, frames: dict[str, ChosenFrames]
+    ) -> None:
+        """Leave frames of dates that are dropped out of those to read, by modality.
+
+        A date of a tile stays or goes in all modalities, but static ones stay. In each tile one date that
+        has tokens stays in any case.
+        """
+        dated = [name for name in frames if name in self.dated]
+        if draw is None or not self.settings.drop_dates or not dated:
+            return
+        sizes = [frames[name].tile.size for name in dated]
+        kept = self._dates_kept(
+            draw,
+            tile_keys[np.concatenate([frames[name].tile for name in dated])],
+            np.concatenate([frames[name].timestep for name in dated]),
+            np.repeat([self.dated[name] for name in dated], sizes),
+        )
+        for name, of_modality in zip(dated, np.split(kept, np.cumsum(sizes)[:-1]), strict=True):
+            frames[name] = frames[name].where(of_modality)
+
+    def apply(
+        self, draw: Draw | None, tile_keys: np.ndarray, read: TileArrays, buffers: Buffers
+    ) -> None:
+        """Turn and crop what was read of the tiles with these keys [B], labels too, and leave out bands.
+
+        In place, but crops lie in memory taken from `buffers`.
+        """
+        turns, corners = self._turns(draw, tile_keys), self._corners(draw, tile_keys)
+        for frames in read.modalities:
+            self._scales(frames, turns[frames.tile], corners[frames.tile])
+        labels = [label for label in read.labels.values() if isinstance(label, LabelArrays)]
+        for raster, tile in _rasters(read.modalities, labels):
+            for kind in ("pixels", "valid"):
+                array = getattr(raster, kind)
+                setattr(raster, kind, self._raster(array, turns[tile], corners[tile], buffers))
+        for frames in read.modalities:
+            for band_set in frames.band_sets:
+                name = f"{frames.name}/{band_set.name}"
+                kept = self._bands(draw, tile_keys, len(band_set.bands), name)
+                band_set.band_present &= kept[frames.tile]
+                band_set.pixels[~band_set.band_present] = 0
+
+    def _scales(self, frames: FrameArrays, turns: np.ndarray, corners: np.ndarray) -> None:
+        """Turn and crop the partitions; `turns` [F], `corners` [F, 2] in parts."""
+        if self.crop is not None:
+            side = frames.grid.rows // frames.grid.root_cells
+            roots, size = side // self.crop.parts, self.crop.size * side // self.crop.parts
+            frames.scales, frames.counts = crop_scales(
+                frames.scales, frames.counts, corners * roots, size, frames.grid
+            )
+            frames.grid = cropped_grid(frames.grid, size)
+        if turns.any():
+            frames.scales = turn_scales(frames.scales, frames.counts, turns, frames.grid)
+
+    def _raster(
+        self, raster: np.ndarray, turns: np.ndarray, corners: np.ndarray, buffers: Buffers
+    ) -> np.ndarray:
+        if self.crop is None:
+            turn_rasters(raster, turns)
+            return raster
+        part = raster.shape[-1] // self.crop.parts
+        side = part * self.crop.size
+        out = buffers.take((*raster.shape[:-2], side, side), raster.dtype)
+        crop_rasters(raster, corners * part, turns, out)
+        return out
+
+    def _dates_kept(
+        self,
+        draw: Draw,
+        tile_keys: np.ndarray,
+        timesteps: np.ndarray,
+        tokens: np.ndarray,
     ) -> np.ndarray:
         """bool [n]: which of some frames stay, given key of the tile and timestep of each, int64 [n].
 
-        Give the frames of all modalities in one call, but no static ones: those stay. A timestep of a
-        tile stays or goes in all of them. In each tile one timestep stays in any case, of those where
-        `counts` (bool [n]) is True: labels do not count, they make no tokens.
+        `tokens` bool [n] is False for labels, which cannot be what stays in any case.
         """
         share = self.settings.drop_dates
-        if draw is None or not share or not tile_keys.size:
-            return np.ones(tile_keys.size, bool)
         chance = draws.uniform(*draw, (tile_keys, timesteps), "dates")
         _, tile = np.unique(tile_keys, return_inverse=True)
         highest = np.full(tile_keys.size, -1.0)
-        np.maximum.at(highest, tile[counts], chance[counts])
+        np.maximum.at(highest, tile[tokens], chance[tokens])
         return (chance >= share) | (chance == highest[tile])
 
-    def apply(self, draw: Draw, tile_keys: np.ndarray, frames: FramesRead) -> FramesRead:
-        """One modality of a batch, `tile_keys` int64 [B], turned, cropped and with bands left out.
-
-        Pixels and validity are changed in place unless they are cropped.
-        """
-        grid, scales, counts = frames.grid, frames.scales, frames.counts
-        if self.crop is not None:
-            roots = (grid.rows // grid.root_cells) // self.crop.parts
-            corners = self._corners(draw, tile_keys, self.crop)[frames.tile] * roots
-            scales, counts = crop_scales(scales, counts, corners, self.crop.size * roots, grid)
-            grid = cropped_grid(grid, self.crop.size * roots)
-        turns = self._turns(draw, tile_keys)[frames.tile]
-        if turns.any():
-            scales = turn_scales(scales, counts, turns, grid)
-        sets = tuple(
-            self._band_set(draw, tile_keys, frames, band_set) for band_set in frames.band_sets
-        )
-        return replace(frames, grid=grid, scales=scales, counts=counts, band_sets=sets)
-
-    def apply_raster(
-        self, draw: Draw, tile_keys: np.ndarray, tile: np.ndarray, raster: np.ndarray
-    ) -> np.ndarray:
-        """Any raster [F, ..., y, x] that covers tiles, labels say, turned and cropped as its tiles are.
-
-        `tile` int64 [F] is each one's place among `tile_keys`; changed in place unless it is cropped.
-        """
-        if self.crop is not None:
-            part = raster.shape[-1] // self.crop.parts
-            corners = self._corners(draw, tile_keys, self.crop)[tile] * part
-            raster = crop_rasters(raster, corners, self.crop.size * part)
-        turn_rasters(raster, self._turns(draw, tile_keys)[tile])
-        return raster
-
-    def _band_set(
-        self, draw: Draw, tile_keys: np.ndarray, frames: FramesRead, band_set: BandSetRead
-    ) -> BandSetRead:
-        tile, num_bands = frames.tile, band_set.pixels.shape[1]
-        pixels = self.apply_raster(draw, tile_keys, tile, band_set.pixels)
-        valid = self.apply_raster(draw, tile_keys, tile, band_set.valid)
-        name = f"{frames.modality}/{band_set.name}"
-        present = band_set.band_present & self._bands(draw, tile_keys, num_bands, name)[tile]
-        pixels[~present] = 0
-        return replace(band_set, pixels=pixels, valid=valid, band_present=present)
-
-    def _turns(self, draw: Draw, tile_keys: np.ndarray) -> np.ndarray:
+    def _turns(self, draw: Draw | None, tile_keys: np.ndarray) -> np.ndarray:
         """int64 [B]: the turn of each tile."""
         turns = np.array(self.settings.turns)
         if draw is None or turns.size == 1:
             return np.full(tile_keys.size, IDENTITY)
         return turns[draws.integers(*draw, tile_keys, "turns", turns.size)]
 
-    def _corners(self, draw: Draw, tile_keys: np.ndarray, crop: Crop) -> np.ndarray:
+    def _corners(self, draw: Draw | None, tile_keys: np.ndarray) -> np.ndarray:
         """int64 [B, 2]: top and left (y, x) of the window of each tile, in parts."""
-        if draw is None:
-            return np.full((tile_keys.size, 2), (crop.parts - crop.size) // 2)
-        bound = crop.parts - crop.size + 1
-        return draws.integers(*draw, (tile_keys[:, None], np.arange(2)), "corners", bound)
+        room = 0 if self.crop is None else self.crop.parts - self.crop.size
+        if draw is None or not room:
+            return np.full((tile_keys.size, 2), room // 2)
+        return draws.integers(*draw, (tile_keys[:, None], np.arange(2)), "corners", room + 1)
 
-    def _bands(self, draw: Draw, tile_keys: np.ndarray, num_bands: int, name: str) -> np.ndarray:
-        """bool [B, C]: which bands of each tile stay."""
+    def _bands(
+        self, draw: Draw | None, tile_keys: np.ndarray, num_bands: int, name: str
+    ) -> np.ndarray:
+        """bool [B, C]: which bands of each tile stay, the same in all its frames."""
         share = self.settings.drop_bands
         if draw is None or not share:
             return np.ones((tile_keys.size, num_bands), bool)
@@ -210,43 +210,91 @@ class Augmenter:
         return (chance >= share) | (chance == chance.max(axis=1, keepdims=True))
 
 
-def prepared(settings: Augmentation, layouts: Sequence[StoreLayout]) -> Augmenter:
-    """The augmentation of the modalities and labels of these layouts, the first of which counts `crop_px`.
+def _rasters(
+    modalities: Sequence[FrameArrays], labels: Sequence[LabelArrays]
+) -> Iterator[tuple[BandSetArrays | LabelArrays, np.ndarray]]:
+    """What has pixels and validity, and the tile of each of its frames."""
+    for frames in modalities:
+        for band_set in frames.band_sets:
+            yield band_set, frames.tile
+    for label in labels:
+        yield label, label.tile
+
+
+def augmenter_of(
+    settings: Augmentation,
+    rows: np.ndarray,
+    images: Sequence[ModalityReader],
+    labels: Mapping[str, LabelReader],
+    per_tile: Mapping[str, np.ndarray],
+) -> Augmenter:
+    """The augmentation of the tiles in these rows of a manifest, with these modalities and labels.
 
     Raises ConfigError where a setting cannot be used, or has no effect.
     """
-    if settings.drop_bands and all(
-        len(band_set.bands) == 1
-        for layout in layouts
-        for band_set in layout.band_sets
-        if layout.tokenized
-    ):
+    if not isinstance(settings, Augmentation):
+        raise ConfigError(
+            f"augment is {settings!r:.80}; give an Augmentation, for example Augmentation(flips=True)"
+        )
+    most_dates = max(
+        (int(np.diff(r.dates.starts)[rows].max(initial=0)) for r in images if r.dates is not None),
+        default=1,
+    )
+    layouts = [replace(r.layout, band_sets=r.band_sets) for r in images]
+    rasters = [r.layout for r in labels.values()]
+    check_effect(settings, layouts, most_dates)
+    crop = crop_of(settings.crop_px, layouts, rasters)
+    if crop is not None or settings.flips or settings.rotations:
+        _check_labels(per_tile)
+    dated = {r.name: True for r in images if not r.static}
+    dated |= {r.name: False for r in labels.values() if not r.static}
+    return Augmenter(settings, crop, dated)
+
+
+def check_effect(settings: Augmentation, images: Sequence[StoreLayout], most_dates: int) -> None:
+    """Raise ConfigError where there are no dates or bands to leave out; tiles have up to `most_dates`."""
+    if settings.drop_dates and most_dates < 2:
+        raise ConfigError(
+            f"drop_dates is {settings.drop_dates}, and no tile has more than one date, which always stays; "
+            "leave drop_dates out"
+        )
+    if settings.drop_bands and all(len(s.bands) == 1 for image in images for s in image.band_sets):
         raise ConfigError(
             f"drop_bands is {settings.drop_bands}, and every band set has one band only, which always "
             "stays; leave drop_bands out"
         )
-    return Augmenter(settings, _crop(settings.crop_px, layouts))
 
 
-def _crop(crop_px: int | None, layouts: Sequence[StoreLayout]) -> Crop | None:
+def crop_of(
+    crop_px: int | None, images: Sequence[StoreLayout], labels: Sequence[StoreLayout]
+) -> Crop | None:
+    """The window of `crop_px` px of the first of some modalities; ConfigError if it does not fit all."""
     if crop_px is None:
         return None
-    tokenized = [layout for layout in layouts if layout.tokenized]
-    parts = math.gcd(*(layout.grid.rows // layout.grid.root_cells for layout in tokenized))
-    tile_px = tokenized[0].grid.shape_px[0]
+    parts = math.gcd(*(image.grid.rows // image.grid.root_cells for image in images))
+    tile_px = images[0].grid.shape_px[0]
     part_px = tile_px // parts
     if crop_px % part_px or crop_px >= tile_px:
         raise ConfigError(
             f"crop_px is {crop_px}; it must be a multiple of {part_px} px, the roots of "
-            f"{' and '.join(layout.modality for layout in tokenized)}, and below {tile_px} px, the tile"
+            f"{' and '.join(image.modality for image in images)}, and below {tile_px} px, the tile"
         )
-    for layout in layouts:
+    for layout in (*images, *labels):
         for band_set in layout.band_sets:
             if band_set.tile_size_px % parts:
+                of_set = f", band set {band_set.name}," if band_set.name else ""
                 raise ConfigError(
-                    f"crop_px is {crop_px}, and tiles of {layout.modality}"
-                    f"{f' band set {band_set.name}' if band_set.name else ''} have "
-                    f"{band_set.tile_size_px} px, which {parts} roots do not divide; leave crop_px out, or "
-                    "that band set"
+                    f"crop_px is {crop_px}, and tiles of {layout.modality}{of_set} have "
+                    f"{band_set.tile_size_px} px, which {parts} roots do not divide; leave out crop_px or "
+                    "these pixels"
                 )
     return Crop(parts, crop_px // part_px)
+
+
+def _check_labels(per_tile: Mapping[str, np.ndarray]) -> None:
+    for name, array in per_tile.items():
+        if array.ndim > 2:
+            raise ConfigError(
+                f"labels[{name!r}] has axes {array.shape}, which would not turn with the tiles: put "
+                "rasters into the store, or turn them in `transform`; give anything else as [tile, number]"
+            )

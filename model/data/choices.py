@@ -242,7 +242,9 @@ def _label_reader(store: Store, name: str) -> LabelReader:
         there = f"it has {', '.join(rasters)}" if rasters else "it has none"
         raise ConfigError(f"{store.location} has no label raster {name!r}; {there}")
     entry = store.header["modalities"][name]
-    return LabelReader(store.layouts[name], store.frame_table(name), entry["ignore_index"])
+    return LabelReader(
+        store.layouts[name], store.frame_table(name), entry["ignore_index"], entry["static"]
+    )
 
 
 def _label_array(name: str, labels: Any, num_tiles: int) -> np.ndarray:

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 from model.batch import TokenBatch
 from model.data import choices
+from model.data.augment import Augmentation, Draw, augmenter_of
 from model.data.choices import LabelChoice, ModalityChoice
 from model.data.frames import (
     Buffers,
@@ -33,10 +34,7 @@ from pipeline.storage.partitions import DEFAULT_PARTITION
 from pipeline.storage.tiles import Tile
 from pipeline.store import Store
 
-# (seed, epoch): what randomness is drawn by, beside the tile.
-Draw = tuple[int, int]
 OnError = Literal["raise", "skip-tile"]
-_UNREADABLE = (IntegrityError, OSError)
 
 
 class TileDataset(Dataset[Tile | dict[str, Tile]]):
@@ -49,7 +47,7 @@ class TileDataset(Dataset[Tile | dict[str, Tile]]):
     - `split`: only tiles of these splits.
     - `normalize="value_range"` brings pixels to [-1, 1] over each band's value range, and to 0 where they
       are not valid; `dtype` is "float16" or "float32" instead of the store's own (normalised: float32).
-    - `augment`: an `Augmentation`, drawn by (seed, epoch, tile).
+    - `augment`: an `Augmentation`, drawn by (seed, epoch, tile): see `batch`.
     - `max_tokens_per_tile`: a tile with more keeps a random subset of its leaves, drawn likewise; every
       modality keeps the same share, rounded down.
     - `labels`: names of label rasters of the store, or by name arrays with an entry per tile of the dataset
@@ -69,7 +67,7 @@ class TileDataset(Dataset[Tile | dict[str, Tile]]):
         commit: int | None = None,
         normalize: Literal["value_range"] | None = None,
         dtype: Literal["float16", "float32"] | None = None,
-        augment: Any = None,
+        augment: Augmentation | None = None,
         max_tokens_per_tile: int | None = None,
         labels: LabelChoice = None,
         transform: Callable[[TokenBatch], TokenBatch] | None = None,
@@ -98,6 +96,11 @@ class TileDataset(Dataset[Tile | dict[str, Tile]]):
         self._label_readers, self._label_arrays = choices.labels_of(
             self.store, labels, len(self._rows)
         )
+        self._augmenter = None
+        if augment is not None:
+            self._augmenter = augmenter_of(
+                augment, self._rows, self._readers, self._label_readers, self._label_arrays
+            )
 
     @property
     def modalities(self) -> dict[str, tuple[str, ...]]:
@@ -119,13 +122,17 @@ class TileDataset(Dataset[Tile | dict[str, Tile]]):
     def token_counts(self) -> np.ndarray:
         """int64 [tile]: tokens of every tile, all modalities and band sets, under the limit.
 
-        Augmentation may leave fewer.
+        Those of whole tiles with all dates: crops and dates left out by augmentation make a batch smaller.
         """
         leaves = np.array([self._leaves(reader) for reader in self._readers])
         costs = np.array([len(reader.band_sets) for reader in self._readers])
-        if self.max_tokens_per_tile is not None:
-            leaves = limited(leaves, costs, self.max_tokens_per_tile)
-        return costs @ leaves
+        limit = self.max_tokens_per_tile
+        if limit is None:
+            return costs @ leaves
+        if self.augment is not None:
+            # The shares of what is left of a tile may be rounded to a little more.
+            return np.minimum(costs @ leaves, limit)
+        return costs @ limited(leaves, costs, limit)
 
     @cached_property
     def store_order(self) -> np.ndarray:
@@ -168,19 +175,20 @@ class TileDataset(Dataset[Tile | dict[str, Tile]]):
         on_error: OnError = "raise",
         buffers: Buffers | None = None,
     ) -> TokenBatch:
-        """These tiles, packed in the order given; the same for the same `draw`, whatever else is drawn.
+        """These tiles, packed in the order given; a tile is the same for the same `draw` in any batch.
 
-        `draw` is (seed, epoch), (0, 0) if it is not given. With `on_error="skip-tile"` the batch lacks the
-        tiles that cannot be read, and says so in `skipped`. Raises IntegrityError, which names the object,
-        for a damaged store, and StoreError if no tile could be read.
+        `draw` is (seed, epoch). Without it no augmentation is drawn: nothing turns, every date and band is
+        there, and of a crop it is the window in the middle. With `on_error="skip-tile"` the batch lacks the
+        tiles whose objects are damaged, and says so in `skipped`. Raises IntegrityError, which names the
+        object, for a damaged store, and StoreError if no tile is left.
         """
         tiles = self._checked(indices)
-        draw, buffers = draw or (0, 0), buffers or NewMemory()
+        buffers = buffers or NewMemory()
         if on_error not in ("raise", "skip-tile"):
             raise ConfigError(f"on_error is {on_error!r}; it must be 'raise' or 'skip-tile'")
         try:
             read = self._read(tiles, draw, buffers)
-        except _UNREADABLE:
+        except IntegrityError:
             if on_error == "raise":
                 raise
             tiles, skipped = self._readable(tiles, draw)
@@ -192,14 +200,14 @@ class TileDataset(Dataset[Tile | dict[str, Tile]]):
     def will_read(self, indices: Sequence[int] | np.ndarray) -> None:
         """A hint that these tiles are read soon; returns at once."""
         rows = self._rows[self._checked(indices)]
-        readers: list[ModalityReader | LabelReader] = [
-            *self._readers,
-            *self._label_readers.values(),
-        ]
-        for reader in readers:
+        for reader in self._all_readers:
             slots, _ = reader.frames.of(rows)
             for name in reader.arrays:
                 self.store.will_read(name, slots)
+
+    @property
+    def _all_readers(self) -> list[ModalityReader | LabelReader]:
+        return [*self._readers, *self._label_readers.values()]
 
     def _checked(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
         tiles = np.asarray(indices, np.int64)
@@ -209,38 +217,43 @@ class TileDataset(Dataset[Tile | dict[str, Tile]]):
             )
         return tiles
 
-    def _read(self, tiles: np.ndarray, draw: Draw, buffers: Buffers) -> TileArrays:
+    def _read(self, tiles: np.ndarray, draw: Draw | None, buffers: Buffers) -> TileArrays:
         rows = self._rows[tiles]
+        chosen = self._chosen(rows, draw)
         read = TileArrays(
             tile_indices=tiles,
-            modalities=[
-                r.read(self.store, rows, ChosenFrames.of(r.frames, rows), buffers)
-                for r in self._readers
-            ],
+            modalities=[r.read(self.store, rows, chosen[r.name], buffers) for r in self._readers],
             labels={
-                name: r.read(self.store, ChosenFrames.of(r.frames, rows), buffers)
+                name: r.read(self.store, chosen[name], buffers)
                 for name, r in self._label_readers.items()
             },
             normalized=self.format.normalize,
         )
         read.labels |= {name: labels[tiles] for name, labels in self._label_arrays.items()}
-        if self.augment is not None:
-            self.augment.apply(read, draw)
+        if self._augmenter is not None:
+            self._augmenter.apply(draw, rows, read, buffers)
         if self.max_tokens_per_tile is not None:
-            drop_leaves(read.modalities, tiles, self.max_tokens_per_tile, draw)
+            drop_leaves(read.modalities, rows, self.max_tokens_per_tile, draw or (0, 0))
         for reader, frames in zip(self._readers, read.modalities, strict=True):
             reader.convert(frames, buffers)
         return read
 
-    def _readable(self, tiles: np.ndarray, draw: Draw) -> tuple[np.ndarray, tuple[str, ...]]:
+    def _chosen(self, rows: np.ndarray, draw: Draw | None) -> dict[str, ChosenFrames]:
+        """The frames to read, by modality."""
+        chosen = {r.name: ChosenFrames.of(r.frames, rows) for r in self._all_readers}
+        if self._augmenter is not None:
+            self._augmenter.leave_out_dates(draw, rows, chosen)
+        return chosen
+
+    def _readable(self, tiles: np.ndarray, draw: Draw | None) -> tuple[np.ndarray, tuple[str, ...]]:
         """The tiles that can be read, and a line for each that cannot."""
         readable, skipped = [], []
         for tile in tiles.tolist():
             try:
                 self._read(np.array([tile]), draw, NewMemory())
                 readable.append(tile)
-            except _UNREADABLE as error:
-                skipped.append(f"{self.tile_ids[tile]}: {error}")
+            except IntegrityError as error:
+                skipped.append(f"{self.store.manifest['id'][int(self._rows[tile])]}: {error}")
         if not readable:
             raise StoreError(f"none of the batch's {len(tiles)} tiles can be read: {skipped[0]}")
         return np.array(readable), tuple(skipped)

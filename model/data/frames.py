@@ -14,6 +14,7 @@ from numpy.typing import DTypeLike
 
 from model.packing import BandSetArrays, FrameArrays, LabelArrays
 from pipeline.storage.layout import BandSet, StoreLayout
+from pipeline.storage.partitions import partition_path
 from pipeline.storage.tiles import FrameTable
 from pipeline.store import Store
 
@@ -80,6 +81,10 @@ class ChosenFrames:
         slots, timestep = table.of(rows)
         return cls(slots, np.repeat(np.arange(len(rows)), table.per_tile[rows]), timestep)
 
+    def where(self, kept: np.ndarray) -> "ChosenFrames":
+        """Those frames for which `kept`, bool [F], is True."""
+        return ChosenFrames(self.slots[kept], self.tile[kept], self.timestep[kept])
+
 
 @dataclass(frozen=True)
 class ModalityReader:
@@ -98,18 +103,23 @@ class ModalityReader:
         return self.layout.modality
 
     @property
+    def static(self) -> bool:
+        """Whether the frame of a tile belongs to all its dates."""
+        return self.dates is None
+
+    @property
     def arrays(self) -> list[str]:
-        """Names of the per-frame arrays that are read."""
-        return [
-            f"{self.name}/{kind}{s.suffix}" for s in self.band_sets for kind in ("pixels", "valid")
-        ]
+        """Names of the arrays that are read."""
+        rasters = [f"{kind}{s.suffix}" for s in self.band_sets for kind in ("pixels", "valid")]
+        scales = f"{partition_path(self.name, self.partition)}/scales"
+        return [scales, *(f"{self.name}/{name}" for name in rasters)]
 
     def read(
         self, store: Store, rows: np.ndarray, chosen: ChosenFrames, buffers: Buffers
     ) -> FrameArrays:
         """Frames chosen of the tiles in these rows of the manifest, as they are stored."""
         slots, tile, timestep = chosen.slots, chosen.tile, chosen.timestep
-        scales, counts = _scales(store, self.name, slots, self.partition)
+        scales, counts = store.read_scales(self.name, slots, self.partition)
         return FrameArrays(
             name=self.name,
             grid=self.layout.grid,
@@ -152,15 +162,22 @@ class LabelReader:
     layout: StoreLayout
     frames: FrameTable
     ignore_index: int | None
+    static: bool
+
+    @property
+    def name(self) -> str:
+        return self.layout.modality
 
     @property
     def arrays(self) -> list[str]:
-        return [f"{self.layout.modality}/pixels", f"{self.layout.modality}/valid"]
+        return [f"{self.name}/pixels", f"{self.name}/valid"]
 
     def read(self, store: Store, chosen: ChosenFrames, buffers: Buffers) -> LabelArrays:
-        name, band_set = self.layout.modality, self.layout.band_sets[0]
-        pixels, valid = read_rasters(store, name, band_set, chosen.slots, buffers)
-        return LabelArrays(name, pixels, valid, chosen.tile, chosen.timestep, self.ignore_index)
+        band_set = self.layout.band_sets[0]
+        pixels, valid = read_rasters(store, self.name, band_set, chosen.slots, buffers)
+        return LabelArrays(
+            self.name, pixels, valid, chosen.tile, chosen.timestep, self.ignore_index
+        )
 
 
 def read_rasters(
@@ -170,8 +187,8 @@ def read_rasters(
     size = band_set.tile_size_px
     pixels = buffers.take((len(slots), len(band_set.bands), size, size), band_set.dtype)
     valid = buffers.take((len(slots), size, size), np.bool_)
-    _into(store, f"{modality}/pixels{band_set.suffix}", slots, pixels)
-    _into(store, f"{modality}/valid{band_set.suffix}", slots, valid)
+    store.read_into(f"{modality}/pixels{band_set.suffix}", slots, pixels)
+    store.read_into(f"{modality}/valid{band_set.suffix}", slots, valid)
     return pixels, valid
 
 
@@ -230,23 +247,3 @@ def order_by_first_frame(tables: Sequence[FrameTable], rows: np.ndarray) -> np.n
         has = table.per_tile[rows] > 0
         first[has] = table.slots[table.starts[rows[has]]]
     return np.argsort(first, kind="stable")
-
-
-# SHIM until Store.read_into and Store.read_scales are there.
-def _into(store: Any, name: str, slots: np.ndarray, out: np.ndarray) -> None:
-    if hasattr(store, "read_into"):
-        store.read_into(name, slots, out)
-        return
-    layout = store.layouts[name.partition("/")[0]]
-    store.check_shards(slots // layout.shard_capacity)
-    out[:] = store._read(name, slots)
-
-
-def _scales(
-    store: Any, name: str, slots: np.ndarray, partition: str
-) -> tuple[np.ndarray, np.ndarray]:
-    if hasattr(store, "read_scales"):
-        return store.read_scales(name, slots, partition)
-    scales = store.read_frames(name, slots, partition).scales
-    counts = np.array([len(s) for s in scales], np.int64)
-    return np.concatenate([np.empty(0, np.uint8), *scales]), counts

@@ -26,7 +26,7 @@ def drop_leaves(
     """Mark leaves of tiles with more than `limit` tokens as missing, in place.
 
     Which ones is a pure function of `draw`, (seed, epoch), and of the tile: `tiles` int64 [B] are rows of
-    the dataset.
+    the manifest.
     """
     tile_of_leaf = [np.repeat(frames.tile, frames.counts) for frames in modalities]
     present = [np.flatnonzero(~segments.is_missing(frames.scales)) for frames in modalities]

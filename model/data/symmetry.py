@@ -5,6 +5,7 @@ reverses y, then 1 reverses x. A turned quadtree has the same leaves in another 
 `s` moves with its `4**s` cells, which stay neighbours in storage order.
 """
 
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache
 
@@ -49,12 +50,31 @@ def _flips_swapped(turn: int) -> int:
 def turn_rasters(frames: np.ndarray, turns: np.ndarray) -> None:
     """Turn frames [F, ..., y, x], square ones, in place by `turns` int [F]."""
     assert frames.shape[-1] == frames.shape[-2], frames.shape
-    at_once = max(1, _SCRATCH_BYTES // max(1, frames[:1].nbytes))
-    for turn in range(1, NUM_TURNS):
+    for turn, some in _by_turn(turns, frames[:1].nbytes):
+        if turn != IDENTITY:
+            frames[some] = turned(frames[some], turn)
+
+
+def crop_rasters(
+    frames: np.ndarray, corners: np.ndarray, turns: np.ndarray, out: np.ndarray
+) -> None:
+    """Fill `out` [F, ..., size, size] with a window of each frame [..., y, x], turned by `turns` int [F].
+
+    `corners` (y, x) int [F, 2] are the windows' top left.
+    """
+    windows = np.lib.stride_tricks.sliding_window_view(frames, out.shape[-2:], (-2, -1))
+    for turn, some in _by_turn(turns, out[:1].nbytes):
+        y, x = corners[some].T
+        out[some] = turned(windows[some, ..., y, x, :, :], turn)
+
+
+def _by_turn(turns: np.ndarray, frame_bytes: int) -> Iterator[tuple[int, np.ndarray]]:
+    """Turns and some of the frames they are for, int64, until all have come."""
+    at_once = max(1, _SCRATCH_BYTES // max(1, frame_bytes))
+    for turn in range(NUM_TURNS):
         chosen = np.flatnonzero(turns == turn)
         for begin in range(0, chosen.size, at_once):
-            some = chosen[begin : begin + at_once]
-            frames[some] = turned(frames[some], turn)
+            yield turn, chosen[begin : begin + at_once]
 
 
 def turn_scales(
@@ -89,12 +109,6 @@ def moved_cells(grid: BaseGrid) -> np.ndarray:
         table[turn, turned(on_grid, turn).reshape(-1)] = place
     table.setflags(write=False)
     return table
-
-
-def crop_rasters(frames: np.ndarray, corners: np.ndarray, size_px: int) -> np.ndarray:
-    """[F, ..., size, size]: a window of each frame [..., y, x], from `corners` (y, x) int [F, 2] on."""
-    windows = np.lib.stride_tricks.sliding_window_view(frames, (size_px, size_px), (-2, -1))
-    return windows[np.arange(len(frames)), ..., corners[:, 0], corners[:, 1], :, :]
 
 
 def crop_scales(

@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from model.data import symmetry
-from model.data.augment import Augmentation, Augmenter, BandSetRead, Crop, FramesRead, prepared
+from model.data.augment import Augmentation, Augmenter, Crop, check_effect, crop_of
+from model.data.frames import ChosenFrames, NewMemory
+from model.packing import BandSetArrays, FrameArrays, LabelArrays, TileArrays
 from pipeline import segments
 from pipeline.errors import ConfigError
 from pipeline.grid import BaseGrid
@@ -20,7 +22,7 @@ EVERYTHING = Augmentation(flips=True, rotations=True, crop_px=16, drop_dates=0.4
 DRAW = (7, 3)
 
 
-def layout(modality="s2", sets=(("", 4, 32),), base=2, num_scales=3, tokenized=True) -> StoreLayout:
+def layout(modality="s2", sets=(("", 4, 32),), base=2, num_scales=3) -> StoreLayout:
     """The layout of a modality; `sets` are name, number of bands and tile size in px of each band set."""
     band_sets = tuple(
         BandSet(name, tuple(f"b{n}" for n in range(bands)), "uint16", px)
@@ -28,13 +30,13 @@ def layout(modality="s2", sets=(("", 4, 32),), base=2, num_scales=3, tokenized=T
     )
     cells = sets[0][2] // base
     grid = BaseGrid(cells, cells, base, num_scales)
-    return StoreLayout(modality, band_sets, grid, 1, 8, "lz4", tokenized=tokenized)
+    return StoreLayout(modality, band_sets, grid, 1, 8, "lz4")
 
 
 S2 = layout(sets=(("", 4, 32), ("20m", 3, 16)))
 # Roots of 16 px where those of S2 have 8.
 DEM = layout("dem", sets=(("", 1, 32),), base=4)
-LAND_COVER = layout("lc", sets=(("", 1, 64),), base=1, num_scales=1, tokenized=False)
+LAND_COVER = layout("lc", sets=(("", 1, 64),), base=1, num_scales=1)
 
 
 def paint(side: int, tile_keys: np.ndarray) -> np.ndarray:
@@ -49,7 +51,11 @@ def leaves_of(rng: np.random.Generator, scale: int) -> list[int]:
     return [scale | (0x80 if rng.random() < 0.2 else 0)]
 
 
-def read(of: StoreLayout, tile_keys: np.ndarray, frames_per_tile: int = 2) -> FramesRead:
+def made(settings: Augmentation, *images: StoreLayout) -> Augmenter:
+    return Augmenter(settings, crop_of(settings.crop_px, images, ()), {"s2": True, "labels": False})
+
+
+def read(of: StoreLayout, tile_keys: np.ndarray, frames_per_tile: int = 2) -> FrameArrays:
     """Frames of some tiles; what they hold depends on the tile's key and the timestep alone."""
     tile = np.repeat(np.arange(tile_keys.size), frames_per_tile)
     roots = (of.grid.rows // of.grid.root_cells) ** 2
@@ -68,19 +74,32 @@ def read(of: StoreLayout, tile_keys: np.ndarray, frames_per_tile: int = 2) -> Fr
         pixels = paint(side, tile_keys[tile]) + np.arange(1, num_bands + 1)[:, None, None]
         valid = pixels[:, 0] % 3 > 0
         present = np.ones((tile.size, num_bands), bool)
-        sets.append(BandSetRead(band_set.name, pixels.astype(np.uint16), valid, present))
+        sets.append(
+            BandSetArrays(band_set.name, band_set.bands, pixels.astype(np.uint16), valid, present)
+        )
     counts = np.array([leaves.size for leaves in scales], np.int64)
     flat = np.concatenate([np.empty(0, np.uint8), *scales])
-    return FramesRead(of.modality, of.grid, flat, counts, tile, tuple(sets))
+    timestep = np.tile(np.arange(frames_per_tile), tile_keys.size)
+    timestamps = np.full((tile.size, 3), -1, np.int32)
+    return FrameArrays(of.modality, of.grid, sets, flat, counts, tile, timestep, timestamps)
 
 
-def split(frames: FramesRead) -> list[np.ndarray]:
+def augmented(
+    augmenter: Augmenter, draw: tuple[int, int] | None, tile_keys: np.ndarray, *read: FrameArrays
+) -> FrameArrays:
+    """The first of some modalities, changed as all are."""
+    tiles = TileArrays(np.arange(tile_keys.size), list(read))
+    augmenter.apply(draw, tile_keys, tiles, NewMemory())
+    return tiles.modalities[0]
+
+
+def split(frames: FrameArrays) -> list[np.ndarray]:
     return np.split(frames.scales, np.cumsum(frames.counts)[:-1])
 
 
-def assert_same(one: FramesRead, other: FramesRead) -> None:
-    assert (one.modality, one.grid) == (other.modality, other.grid)
-    for name in ("scales", "counts", "tile"):
+def assert_same(one: FrameArrays, other: FrameArrays) -> None:
+    assert (one.name, one.grid) == (other.name, other.grid)
+    for name in ("scales", "counts", "tile", "timestep"):
         np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
     for mine, yours in zip(one.band_sets, other.band_sets, strict=True):
         for name in ("pixels", "valid", "band_present"):
@@ -101,22 +120,28 @@ settings_made = st.builds(
 
 @given(settings=settings_made, draw=draws_made, tile_keys=keys, data=st.data())
 def test_a_tile_gets_the_same_in_whatever_batch_it_comes(settings, draw, tile_keys, data):
-    augmenter = prepared(settings, [S2, DEM])
-    whole = augmenter.apply(draw, tile_keys, read(S2, tile_keys))
+    augmenter = made(settings, S2, DEM)
+    whole = augmented(augmenter, draw, tile_keys, read(S2, tile_keys))
     chosen = np.array(data.draw(st.permutations(range(tile_keys.size))))[
         : data.draw(st.integers(1, tile_keys.size))
     ]
-    part = augmenter.apply(draw, tile_keys[chosen], read(S2, tile_keys[chosen]))
+    part = augmented(augmenter, draw, tile_keys[chosen], read(S2, tile_keys[chosen]))
     frames = np.concatenate([np.flatnonzero(whole.tile == tile) for tile in chosen])
     expected = replace(
         whole,
         scales=np.concatenate([split(whole)[frame] for frame in frames]),
         counts=whole.counts[frames],
         tile=part.tile,
-        band_sets=tuple(
-            BandSetRead(s.name, s.pixels[frames], s.valid[frames], s.band_present[frames])
+        timestep=whole.timestep[frames],
+        band_sets=[
+            replace(
+                s,
+                pixels=s.pixels[frames],
+                valid=s.valid[frames],
+                band_present=s.band_present[frames],
+            )
             for s in whole.band_sets
-        ),
+        ],
     )
     assert_same(part, expected)
 
@@ -124,12 +149,16 @@ def test_a_tile_gets_the_same_in_whatever_batch_it_comes(settings, draw, tile_ke
 @given(settings=settings_made, draw=draws_made, tile_keys=keys)
 def test_everything_of_a_tile_turns_and_is_cropped_together(settings, draw, tile_keys):
     """Band sets, modalities and labels of other pixel sizes show the same places afterwards."""
-    augmenter = prepared(settings, [S2, DEM, LAND_COVER])
-    s2 = augmenter.apply(draw, tile_keys, read(S2, tile_keys))
-    dem = augmenter.apply(draw, tile_keys, read(DEM, tile_keys, 1))
-    labels = augmenter.apply_raster(
-        draw, tile_keys, np.arange(tile_keys.size), paint(64, tile_keys)
-    )
+    s2, dem = read(S2, tile_keys), read(DEM, tile_keys, 1)
+    each, per_tile = np.arange(tile_keys.size), np.random.default_rng(0).random(tile_keys.size)
+    painted = paint(64, tile_keys)
+    rasters = LabelArrays("lc", painted, painted[:, 0] % 7 > 0, each, 0 * each, None)
+    tiles = TileArrays(each, [s2, dem], {"lc": rasters, "yield": per_tile.copy()})
+    augmenter = made(settings, S2, DEM)
+    augmenter.apply(draw, tile_keys, tiles, NewMemory())
+    labels = rasters.pixels
+    np.testing.assert_array_equal(rasters.valid, labels[:, 0] % 7 > 0)
+    np.testing.assert_array_equal(tiles.labels["yield"], per_tile)
     first = s2.band_sets[0]
     # Painted numbers of the 32 px band set, on the finer and the coarser pixels.
     reference = np.where(
@@ -153,18 +182,16 @@ def test_everything_of_a_tile_turns_and_is_cropped_together(settings, draw, tile
 @given(draw=draws_made, tile_keys=keys)
 def test_scales_follow_the_pixels(draw, tile_keys):
     """Leaves painted onto the pixels before: afterwards they are the leaves of the pixels."""
-    augmenter = prepared(EVERYTHING.model_copy(update={"drop_bands": 0.0}), [S2])
+    augmenter = made(EVERYTHING.model_copy(update={"drop_bands": 0.0}), S2)
     frames = read(S2, tile_keys)
     colours = _painted(frames)
     one_band = np.ones((colours.shape[0], 1), bool)
-    painted = replace(
-        frames, band_sets=(BandSetRead("", colours[:, None].copy(), colours > 0, one_band),)
-    )
-    after = augmenter.apply(draw, tile_keys, painted)
+    painted = BandSetArrays("", ("colour",), colours[:, None].copy(), colours > 0, one_band)
+    after = augmented(augmenter, draw, tile_keys, replace(frames, band_sets=[painted]))
     np.testing.assert_array_equal(after.band_sets[0].pixels[:, 0], _painted(after))
 
 
-def _painted(frames: FramesRead) -> np.ndarray:
+def _painted(frames: FrameArrays) -> np.ndarray:
     """[F, y, x]: every pixel in the colour of its leaf."""
     grid, p = frames.grid, frames.grid.base_patch_size
     cells = np.repeat(frames.scales, segments.run_lengths(frames.scales))
@@ -177,7 +204,8 @@ def _painted(frames: FramesRead) -> np.ndarray:
 def test_turns_leave_the_number_of_tokens_as_it_was(draw, tile_keys):
     frames = read(S2, tile_keys)
     before = [np.sort(leaves) for leaves in split(frames)]
-    turned = prepared(Augmentation(flips=True, rotations=True), [S2]).apply(draw, tile_keys, frames)
+    augmenter = made(Augmentation(flips=True, rotations=True), S2)
+    turned = augmented(augmenter, draw, tile_keys, frames)
     for one, other in zip(before, split(turned), strict=True):
         np.testing.assert_array_equal(one, np.sort(other))
 
@@ -192,9 +220,7 @@ def test_turns_leave_the_number_of_tokens_as_it_was(draw, tile_keys):
 )
 def test_every_turn_is_as_likely_as_any_other(settings, turns):
     tiles = np.arange(80_000)
-    found = np.concatenate(
-        [prepared(settings, [S2])._turns((1, epoch), tiles) for epoch in range(2)]
-    )
+    found = np.concatenate([made(settings, S2)._turns((1, epoch), tiles) for epoch in range(2)])
     counts = np.bincount(found, minlength=8)
     assert counts[[turn for turn in range(8) if turn not in turns]].sum() == 0
     expected = found.size / len(turns)
@@ -206,8 +232,8 @@ def test_every_turn_is_as_likely_as_any_other(settings, turns):
 
 def test_every_window_is_as_likely_as_any_other_and_no_turns_go_with_it():
     tiles = np.arange(90_000)
-    augmenter = prepared(Augmentation(flips=True, rotations=True, crop_px=16), [S2])
-    corners = augmenter._corners(DRAW, tiles, augmenter.crop)
+    augmenter = made(Augmentation(flips=True, rotations=True, crop_px=16), S2)
+    corners = augmenter._corners(DRAW, tiles)
     both = np.bincount(corners @ [3, 1] * 8 + augmenter._turns(DRAW, tiles), minlength=72)
     assert both.size == 72
     expected = tiles.size / 72
@@ -226,7 +252,7 @@ def test_every_window_is_as_likely_as_any_other_and_no_turns_go_with_it():
 def test_timesteps_stay_or_go_as_a_whole_and_one_of_each_tile_stays(share, draw, entries):
     tile, timestep, counts = (np.array(column) for column in zip(*entries, strict=True))
     counts = counts.astype(bool)
-    keep = Augmenter(Augmentation(drop_dates=share), None).keep_frames(draw, tile, timestep, counts)
+    keep = made(Augmentation(drop_dates=share), S2)._dates_kept(draw, tile, timestep, counts)
     decisions = {}
     for pair, kept in zip(zip(tile, timestep, strict=True), keep, strict=True):
         assert decisions.setdefault(pair, kept) == kept
@@ -236,20 +262,35 @@ def test_timesteps_stay_or_go_as_a_whole_and_one_of_each_tile_stays(share, draw,
 def test_timesteps_are_left_out_as_often_as_asked():
     tile, timestep = np.repeat(np.arange(20_000), 5), np.tile(np.arange(5), 20_000)
     every = np.ones(tile.size, bool)
-    augmenter = Augmenter(Augmentation(drop_dates=0.3), None)
-    keep = augmenter.keep_frames(DRAW, tile, timestep, every)
+    augmenter = made(Augmentation(drop_dates=0.3), S2)
+    keep = augmenter._dates_kept(DRAW, tile, timestep, every)
     # One timestep stays of the tiles that would lose all five.
     lost = 1 - keep.mean()
     assert lost == pytest.approx(0.3 - 0.3**5 / 5, abs=0.006)
-    later = augmenter.keep_frames((7, 4), tile, timestep, every)
+    later = augmenter._dates_kept((7, 4), tile, timestep, every)
     assert 0.4 < (keep == later).mean() < 0.7
+
+
+def test_dates_go_from_all_modalities_and_labels_but_not_from_static_ones():
+    tile = np.repeat(np.arange(200), 3)
+    every = ChosenFrames(np.arange(600), tile, np.tile(np.arange(3), 200))
+    some = every.where(every.timestep > 0)
+    chosen = {"s2": every, "labels": some, "dem": every.where(every.timestep == 0)}
+    made(Augmentation(drop_dates=0.6), S2).leave_out_dates(DRAW, np.arange(200) * 7, chosen)
+    kept = {(t, at) for t, at in zip(chosen["s2"].tile, chosen["s2"].timestep, strict=True)}
+    assert {t for t, _ in kept} == set(range(200))
+    assert 200 < len(kept) < 400
+    labelled = set(zip(chosen["labels"].tile, chosen["labels"].timestep, strict=True))
+    assert labelled == {(t, at) for t, at in kept if at > 0}
+    assert chosen["dem"].slots.size == 200
+    np.testing.assert_array_equal(chosen["s2"].slots, 3 * chosen["s2"].tile + chosen["s2"].timestep)
 
 
 @given(share=st.floats(0.01, 0.99), draw=draws_made, tile_keys=keys)
 def test_left_out_bands_are_zero_in_all_frames_of_a_tile_and_one_stays(share, draw, tile_keys):
     before = read(S2, tile_keys)
-    augmenter = prepared(Augmentation(drop_bands=share), [S2])
-    after = augmenter.apply(draw, tile_keys, read(S2, tile_keys))
+    augmenter = made(Augmentation(drop_bands=share), S2)
+    after = augmented(augmenter, draw, tile_keys, read(S2, tile_keys))
     for old, new in zip(before.band_sets, after.band_sets, strict=True):
         assert new.band_present.any(axis=1).all()
         np.testing.assert_array_equal(new.band_present[::2], new.band_present[1::2])
@@ -261,7 +302,7 @@ def test_left_out_bands_are_zero_in_all_frames_of_a_tile_and_one_stays(share, dr
 
 def test_bands_are_left_out_as_often_as_asked_and_each_set_on_its_own():
     tiles = np.arange(30_000)
-    augmenter = Augmenter(Augmentation(drop_bands=0.3), None)
+    augmenter = made(Augmentation(drop_bands=0.3), S2)
     first, second = (augmenter._bands(DRAW, tiles, 4, name) for name in ("s2/", "s2/20m"))
     for present in (first, second):
         assert 1 - present.mean() == pytest.approx(0.3 - 0.3**4 / 4, abs=0.006)
@@ -270,7 +311,7 @@ def test_bands_are_left_out_as_often_as_asked_and_each_set_on_its_own():
 
 def test_other_epochs_and_seeds_give_other_results():
     tiles = np.arange(1000)
-    augmenter = prepared(EVERYTHING, [S2])
+    augmenter = made(EVERYTHING, S2)
     first = augmenter._turns((0, 0), tiles)
     for draw in ((0, 1), (1, 0)):
         assert 0.05 < (augmenter._turns(draw, tiles) == first).mean() < 0.2
@@ -278,26 +319,30 @@ def test_other_epochs_and_seeds_give_other_results():
 
 def test_without_a_draw_nothing_is_random_and_crops_are_in_the_middle():
     tile_keys = np.arange(5)
-    every = np.ones(10, bool)
-    augmenter = prepared(EVERYTHING, [S2])
-    after = augmenter.apply(None, tile_keys, read(S2, tile_keys))
+    augmenter = made(EVERYTHING, S2)
+    after = augmented(augmenter, None, tile_keys, read(S2, tile_keys))
     before = read(S2, tile_keys)
     for old, new, start in zip(before.band_sets, after.band_sets, (8, 4), strict=True):
         window = slice(start, 3 * start)
         np.testing.assert_array_equal(new.pixels, old.pixels[..., window, window])
         np.testing.assert_array_equal(new.valid, old.valid[..., window, window])
         assert new.band_present.all()
-    assert augmenter.keep_frames(None, before.tile, np.arange(10) % 2, every).all()
-    whole = prepared(Augmentation(flips=True, drop_bands=0.5), [S2])
-    assert_same(whole.apply(None, tile_keys, read(S2, tile_keys)), before)
+    every = ChosenFrames(np.arange(10), before.tile, before.timestep)
+    chosen = {"s2": every}
+    augmenter.leave_out_dates(None, tile_keys, chosen)
+    assert chosen == {"s2": every}
+    whole = made(Augmentation(flips=True, drop_bands=0.5), S2)
+    assert_same(augmented(whole, None, tile_keys, read(S2, tile_keys)), before)
 
 
 def test_a_batch_without_frames_stays_one():
     none = np.empty(0, np.int64)
-    after = prepared(EVERYTHING, [S2]).apply(DRAW, none, read(S2, none))
+    after = augmented(made(EVERYTHING, S2), DRAW, none, read(S2, none))
     assert after.scales.size == after.counts.size == 0
     assert [s.pixels.shape for s in after.band_sets] == [(0, 4, 16, 16), (0, 3, 8, 8)]
-    assert prepared(EVERYTHING, [S2]).keep_frames(DRAW, none, none, none > 0).size == 0
+    chosen = {"s2": ChosenFrames(none, none, none)}
+    made(EVERYTHING, S2).leave_out_dates(DRAW, none, chosen)
+    assert chosen["s2"].slots.size == 0
 
 
 @pytest.mark.parametrize(
@@ -318,31 +363,39 @@ def test_settings_that_cannot_be_or_do_nothing_are_refused(wrong):
 
 
 def test_windows_lie_on_the_roots_of_every_modality():
-    assert prepared(Augmentation(crop_px=8), [S2]).crop == Crop(parts=4, size=1)
-    assert prepared(Augmentation(crop_px=16), [S2, DEM]).crop == Crop(parts=2, size=1)
+    assert crop_of(None, [S2], []) is None
+    assert crop_of(8, [S2], []) == Crop(parts=4, size=1)
+    assert crop_of(16, [S2, DEM], []) == Crop(parts=2, size=1)
 
 
 @pytest.mark.parametrize(
-    ("crop_px", "layouts", "named"),
+    ("crop_px", "images", "labels", "named"),
     [
-        (12, [S2], "multiple of 8 px, the roots of s2, and below 32 px"),
-        (32, [S2], "below 32 px"),
-        (8, [S2, DEM], "multiple of 16 px, the roots of s2 and dem"),
-        (8, [layout(sets=(("", 1, 32), ("60m", 1, 5)))], "band set 60m have 5 px, which 4 roots"),
+        (12, [S2], [], "multiple of 8 px, the roots of s2, and below 32 px"),
+        (32, [S2], [], "below 32 px"),
+        (8, [S2, DEM], [], "multiple of 16 px, the roots of s2 and dem"),
         (
             8,
-            [S2, replace(LAND_COVER, band_sets=(BandSet("", ("a",), "uint8", 33),))],
-            "lc have 33 px",
+            [layout(sets=(("", 1, 32), ("60m", 1, 5)))],
+            [],
+            "s2, band set 60m, have 5 px, which 4 roots",
         ),
+        (8, [S2], [layout("lc", sets=(("", 1, 33),), base=1, num_scales=1)], "lc have 33 px"),
     ],
 )
-def test_windows_that_cannot_be_are_refused_in_words(crop_px, layouts, named):
+def test_windows_that_cannot_be_are_refused_in_words(crop_px, images, labels, named):
     with pytest.raises(ConfigError, match=f"crop_px is {crop_px}.*{named}"):
-        prepared(Augmentation(crop_px=crop_px), layouts)
+        crop_of(crop_px, images, labels)
 
 
 def test_leaving_out_bands_where_every_set_has_one_is_refused():
     with pytest.raises(
         ConfigError, match="drop_bands is 0.5, and every band set has one band only"
     ):
-        prepared(Augmentation(drop_bands=0.5), [DEM, LAND_COVER])
+        check_effect(Augmentation(drop_bands=0.5), [DEM, DEM], most_dates=3)
+
+
+def test_leaving_out_dates_where_no_tile_has_two_is_refused():
+    check_effect(Augmentation(drop_dates=0.5), [S2], most_dates=2)
+    with pytest.raises(ConfigError, match="drop_dates is 0.5, and no tile has more than one date"):
+        check_effect(Augmentation(drop_dates=0.5), [S2], most_dates=1)

@@ -51,7 +51,14 @@ distributed.destroy_process_group()
 def test_two_processes_train_on_the_samples_of_one(chip_store, tmp_path, size):
     script = tmp_path / "train.py"
     script.write_text(SCRIPT)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    ]
     arguments = [script, chip_store, tmp_path, json.dumps(size), str(STEPS)]
     done = subprocess.run(
         [*command, *map(str, arguments)], capture_output=True, text=True, check=False

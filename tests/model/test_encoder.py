@@ -206,7 +206,7 @@ def test_pixels_are_scaled_to_one_over_each_bands_range():
     values = torch.tensor([[0.0, 100.0], [5.0, 150.0], [10.0, 200.0], [10.0, 200.0]])
     valid = torch.tensor([True, True, True, False])
     scaled = PixelNormalization(((0.0, 10.0), (100.0, 200.0)))(
-        values[:, :, None, None], valid[:, None, None]
+        values[:, :, None, None], valid[:, None, None, None]
     )
     expected = [[-1.0, -1.0], [0.0, 0.0], [1.0, 1.0], [0.0, 0.0]]
     assert scaled[:, :, 0, 0].tolist() == expected

@@ -6,9 +6,11 @@ import warnings
 from itertools import islice
 
 import pytest
+import torch
 from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from model.data.dataset import TileDataset
 from model.data.loader import TokenBatches
 from model.data.stream import BatchStream
 from pipeline.errors import ConfigError, StoreError
@@ -98,6 +100,22 @@ def test_a_stateful_loader_goes_on_where_another_was(expected, workers, stop):
     again = loader(batches(), workers, StatefulDataLoader)
     again.load_state_dict(state)
     assert seen + taken(again) == expected[0]
+
+
+def test_workers_read_what_a_stream_reads(chip_store):
+    """Pixels, scales and the tensors derived from them, through shared memory."""
+    dataset = TileDataset(chip_store)
+    through = DataLoader(
+        TokenBatches(dataset, **SIZE),
+        batch_size=None,
+        num_workers=1,
+        multiprocessing_context="forkserver",
+    )
+    for ours, theirs in zip(BatchStream(dataset, **SIZE), through, strict=True):
+        assert torch.equal(ours.tile_indices, theirs.tile_indices)
+        assert torch.equal(ours.positions, theirs.positions)
+        for own, their in zip(ours.cells(0, 0), theirs.cells(0, 0), strict=True):
+            assert torch.equal(own, their)
 
 
 def test_a_forked_worker_says_what_to_do_instead():

@@ -219,23 +219,27 @@ def test_cropped_partitions_are_those_of_the_cropped_grids(data, read):
     after, left = crop_scales(scales, counts, corners, size, grid)
     small = cropped_grid(grid, size)
     check_frames(after, left, small)
-    cells = crop_rasters(painted(scales, counts, grid), corners * grid.root_cells, small.rows)
+    cells = np.empty((counts.size, small.rows, small.cols), np.uint8)
+    unturned = np.full(counts.size, IDENTITY)
+    crop_rasters(painted(scales, counts, grid), corners * grid.root_cells, unturned, cells)
     np.testing.assert_array_equal(painted(after, left, small), cells)
     assert small == replace(grid, rows=cells.shape[1], cols=cells.shape[2])
 
 
 @given(data=st.data())
-def test_crops_of_rasters_are_windows(data):
+def test_crops_of_rasters_are_turned_windows(data):
     count, side = data.draw(st.integers(0, 6)), data.draw(st.integers(1, 8))
     inner = data.draw(st.sampled_from([(), (2,), (2, 3)]))
     size = data.draw(st.integers(1, side))
-    rasters = np.random.default_rng(0).integers(0, 99, (count, *inner, side, side), np.uint16)
-    corners = data.draw(hnp.arrays(np.int64, (count, 2), elements=st.integers(0, side - size)))
-    cropped = crop_rasters(rasters, corners, size)
-    assert (cropped.flags.c_contiguous, cropped.dtype) == (True, rasters.dtype)
-    assert cropped.shape == (count, *inner, size, size)
-    for raster, (y, x), window in zip(rasters, corners, cropped, strict=True):
-        np.testing.assert_array_equal(raster[..., y : y + size, x : x + size], window)
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+    rasters = rng.integers(0, 99, (count, *inner, side, side), np.uint16)
+    corners = rng.integers(0, side - size + 1, (count, 2))
+    turns = rng.integers(0, NUM_TURNS, count)
+    cropped = np.empty((count, *inner, size, size), np.uint16)
+    crop_rasters(rasters, corners, turns, cropped)
+    for raster, (y, x), turn, window in zip(rasters, corners, turns, cropped, strict=True):
+        whole = raster[..., y : y + size, x : x + size]
+        np.testing.assert_array_equal(turned(whole, turn), window)
 
 
 def test_frames_must_be_square():
