@@ -89,7 +89,7 @@ class Crop:
 class Augmenter:
     """An augmentation for what one dataset reads; `augmenter_of` makes it.
 
-    `dated` holds the modalities that are not static, and whether they have tokens; labels have none.
+    `dated` holds the modalities that are not static, and whether they have tokens, as labels have not.
 
     Methods take `draw`, seed and epoch, and keys, int64, that name tiles. Without a draw nothing is random:
     no turn, every date and band, and of a crop the window in the middle.
@@ -105,7 +105,7 @@ class Augmenter:
         """Leave frames of dates that are dropped out of those to read, by modality.
 
         A date of a tile stays or goes in all modalities, but static ones stay. In each tile one date that
-        has tokens stays in any case.
+        has a frame beside labels stays in any case.
         """
         dated = [name for name in frames if name in self.dated]
         if draw is None or not self.settings.drop_dates or not dated:

@@ -49,13 +49,15 @@ def block_order(num_tiles: int, block_tiles: int, seed: int, epoch: int) -> np.n
     """
     zero = np.zeros(1, np.int64)
     begin = int(draws.integers(seed, epoch, zero, "begin of blocks", block_tiles)[0]) - block_tiles
-    edges = np.append(np.arange(begin, num_tiles, block_tiles), num_tiles)
-    edges = np.unique(edges.clip(0))
-    chosen = draws.permutation(seed, epoch, edges.size - 1, "blocks")
-    lengths = np.diff(edges)[chosen]
-    order = np.repeat(edges[:-1][chosen] - (np.cumsum(lengths) - lengths), lengths)
-    order += np.arange(num_tiles)
-    return order
+    starts = np.arange(begin, num_tiles, block_tiles)
+    starts = starts[draws.permutation(seed, epoch, starts.size, "blocks")]
+    order = (starts[:, None] + np.arange(block_tiles)).ravel()
+    # Only the blocks at the two ends of the store can be incomplete.
+    ends = np.flatnonzero((starts < 0) | (starts + block_tiles > num_tiles))
+    places = (ends[:, None] * block_tiles + np.arange(block_tiles)).ravel()
+    holes = np.sort(places[(order[places] < 0) | (order[places] >= num_tiles)])
+    first, *rest = np.split(order, holes)
+    return np.concatenate([first, *(piece[1:] for piece in rest)])
 
 
 @dataclass(frozen=True)
@@ -80,11 +82,14 @@ class Windows:
 def windows_of_tiles(
     num_tiles: int, batch_tiles: int, window_tiles: int, drop_last: bool
 ) -> Windows:
-    """Batches of exactly `batch_tiles`; the last holds what is left, or is left out."""
+    """Batches of exactly `batch_tiles`; the last holds what is left, or is left out.
+
+    A window holds the batches that `window_tiles` make up, or a few more; with 0 a single one.
+    """
     if drop_last:
         num_tiles -= num_tiles % batch_tiles
     batches = -(-num_tiles // batch_tiles)
-    together = max(1, window_tiles // batch_tiles)
+    together = max(_LEAST_BATCHES, window_tiles // batch_tiles) if window_tiles else 1
     steps = np.append(np.arange(0, batches, together), batches)
     short = num_tiles % batch_tiles
     return Windows(np.minimum(steps * batch_tiles, num_tiles), steps, short or batch_tiles)
@@ -113,10 +118,12 @@ def windows_of_tokens(
     of them, so none is short; with `drop_last` the tiles at the end that fill no batch are left out.
     """
     ends = np.cumsum(tokens)
+    if drop_last and ends[-1] < budget:
+        return Windows(np.zeros(1, np.int64), np.zeros(1, np.int64), 0)
     best, best_fill = None, 0.0
     for share in _FILLS:
         trial = _cut(ends, budget * share, window_tiles, drop_last)
-        if trial.num_steps == 0:
+        if trial.edges[-1] == 0:
             continue
         windows = trial.steps.size - 1
         tried = np.unique(np.linspace(0, windows - 1, _TRIED_WINDOWS).astype(int))
@@ -126,10 +133,9 @@ def windows_of_tokens(
         fill = kept / budget / (trial.num_steps + windows * more)
         if (more <= _FAILING or share == _FILLS[-1]) and fill > best_fill:
             best, best_fill = trial, fill
-        if more == 0:
+        if more <= 0:
             break
-    if best is None:
-        return Windows(np.zeros(1, np.int64), np.zeros(1, np.int64), 0)
+    assert best is not None
     batches, fewest = _batches(tokens, best, np.arange(best.steps.size - 1), budget)
     return Windows(best.edges, np.append(0, np.cumsum(batches)), int(fewest.min()))
 
@@ -144,7 +150,7 @@ def _cut(ends: np.ndarray, fill: float, window_tiles: int, drop_last: bool) -> W
     together = max(_LEAST_BATCHES, round(window_tiles * batches / max(1, ends.size)))
     windows = max(1, batches // together)
     steps = np.arange(windows + 1) * batches // windows
-    goals = steps[1:-1] * (tokens / max(1, batches))
+    goals = (steps[1:-1] * (tokens / max(1, batches))).astype(np.int64)
     cut = ends.searchsorted(goals)
     nearer = ends[cut] - goals <= goals - np.where(cut > 0, ends[cut - 1], 0)
     return Windows(np.concatenate([[0], cut + nearer, [ends.size]]), steps, 0)
@@ -153,10 +159,15 @@ def _cut(ends: np.ndarray, fill: float, window_tiles: int, drop_last: bool) -> W
 def _batches(
     tokens: np.ndarray, windows: Windows, chosen: np.ndarray, budget: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """int64 [chosen]: how many batches a window needs, at least those it has; its smallest one's tiles."""
-    batches = np.diff(windows.steps)[chosen]
-    fewest = np.zeros_like(batches)
-    left = np.arange(chosen.size)
+    """int64 [chosen]: how many batches each window needs, and how many tiles the smallest of them has.
+
+    They are at least as many as `windows` gives it, unless it has fewer tiles.
+    """
+    # With as many batches as tiles every window fits, and with more a batch would be empty.
+    most = np.diff(windows.edges)[chosen]
+    batches = np.minimum(np.diff(windows.steps)[chosen], most)
+    fewest = np.full_like(batches, tokens.size)
+    left = np.flatnonzero(most)
     while left.size:
         failed = []
         for number in np.unique(batches[left]):

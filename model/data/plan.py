@@ -31,8 +31,9 @@ class BatchPlan:
       `sampling` says; a tile without tokens is in none.
     - `batch_tokens`: no batch holds more. `batch_tiles`: every batch holds so many; the last of an epoch
       what is left.
-    - `drop_last` leaves out what fills no batch: the short last batch or, with `batch_tokens` and
-      `shuffle`, tiles at the end of the epoch's order. Without it batches of tokens share what is lacking.
+    - `drop_last` leaves out what fills no batch: with `batch_tiles` a short last batch; with
+      `batch_tokens` tiles at the end of the epoch's order or, without `shuffle`, the last batch. When
+      nothing is left out, shuffled batches of tokens are all equally far from full.
     - `balance`: what the ranks of a step hold equally much of, tokens or their squares (the cost of
       attention); see EpochPlan.tiles_of_rank.
     - `shuffle`: blocks of `block_tiles` neighbours in `store_order` are permuted, and batches drawn from
@@ -120,8 +121,8 @@ class BatchPlan:
 
     def _windows(self, tiles: np.ndarray) -> Windows:
         if self.batch_tiles is not None:
-            together = self.window_tiles if self.shuffle else self.batch_tiles
-            return windows_of_tiles(tiles.size, self.batch_tiles, together, self.drop_last)
+            window = self.window_tiles if self.shuffle else 0
+            return windows_of_tiles(tiles.size, self.batch_tiles, window, self.drop_last)
         assert self.batch_tokens is not None
         tokens = self.counts[tiles]
         if not self.shuffle:
@@ -167,8 +168,8 @@ class EpochPlan:
     def check_ranks(self, world_size: int) -> None:
         """Raise ConfigError if some step of the epoch has fewer tiles than there are ranks.
 
-        With `batch_tokens` that never happens if a tile has at most `0.98 * batch_tokens / (world_size +
-        1)` tokens and the epoch a hundred steps.
+        Nothing to fear with `batch_tokens` of at least twice `world_size` times the largest tile, in an
+        epoch of many steps.
         """
         if self.fewest_tiles < world_size:
             raise ConfigError(

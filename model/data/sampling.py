@@ -46,14 +46,15 @@ class Sampling:
 
     def _copies(self, tiles: np.ndarray, seed: int, epoch: int) -> np.ndarray:
         weights = self.weights[tiles]
-        total = float(weights.sum())
-        if total == 0:
+        largest = float(weights.max())
+        if largest == 0:
             raise ConfigError(
                 f"sampling: the weights of all {tiles.size} tiles with tokens are 0; give some tile more"
             )
         number = tiles.size if self.tiles_per_epoch is None else self.tiles_per_epoch
-        # A weight near the smallest number there is would lose its digits in a product.
-        expected = weights / total * number
+        # Neither the sum nor the quotients of very large or small weights leave the range of numbers.
+        weights = weights / largest
+        expected = weights / weights.sum() * number
         copies = np.floor(expected).astype(np.int64)
         part = expected - copies
         order = draws.permutation(seed, epoch, tiles.size, "order of resampling")

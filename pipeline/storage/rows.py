@@ -90,7 +90,9 @@ class PartitionRows:
         # A frame's chunks follow one another in the array, and so they do among those touched.
         at = np.searchsorted(chunks, begins // self._chunk_rows) * self._chunk_rows
         at += begins % self._chunk_rows
-        if len(at) and np.array_equal(at[1:], at[:-1] + counts[:-1]):
+        if not len(at):
+            return held
+        if np.array_equal(at[1:], at[:-1] + counts[:-1]):
             return held[at[0] : at[-1] + counts[-1]].copy()
         runs = np.flatnonzero(at[1:] != at[:-1] + counts[:-1]) + 1
         if len(runs) * 4 > len(at):
