@@ -23,6 +23,8 @@ from pipeline.errors import ConfigError
 THREAD_NAME = "aptile-batches"
 # More threads than this wait for each other's turn in the interpreter.
 _MOST_THREADS = 4
+# One batch that is read and one that waits: a read that takes three times as long is not noticed.
+_AHEAD_PER_THREAD = 2
 # Steps before the end of an epoch at which the next one's plan is begun: a plan of ten million tiles
 # takes a few hundred steps' time.
 _PLANNED_EARLY = 256
@@ -37,11 +39,12 @@ class BatchStream:
     order is a pure function of the seed and the data: it depends neither on `threads` nor on `ahead`, and
     a step has the same tiles over all ranks for any number of ranks.
 
-    - `batch_tokens` or `batch_tiles` (one of them): the size of a step over all ranks.
+    - `batch_tokens` or `batch_tiles` (one of them): the size of a step over all ranks. `shuffle`,
+      `sampling`, `balance` and `drop_last` are those of `BatchPlan`.
     - `rank`, `world_size`: this process's part of every step; if not given, torch.distributed is asked
       when iteration begins. Every rank has the same number of steps.
     - `threads` read, each a whole batch (default: the processor's cores, at most 4); up to `ahead` batches
-      are being read or wait.
+      (default: two for each thread) are being read or wait.
     - `on_error="skip-tile"` leaves out tiles that cannot be read; `skipped` counts them.
     - `pin_memory` reads into page-locked memory, for `batch.to(device)` that does not wait (CUDA only).
 
@@ -62,7 +65,7 @@ class BatchStream:
         rank: int | None = None,
         world_size: int | None = None,
         threads: int | None = None,
-        ahead: int = 3,
+        ahead: int | None = None,
         on_error: OnError = "raise",
         pin_memory: bool = False,
     ) -> None:
@@ -78,7 +81,7 @@ class BatchStream:
             drop_last=drop_last,
         )
         self._given_ranks = Ranks.checked(rank, world_size)
-        self._threads, self._ahead = _num_threads(threads, ahead), ahead
+        self._threads, self._ahead = _checked_threads(threads, ahead)
         if pin_memory and not torch.cuda.is_available():
             raise ConfigError("pin_memory is set and there is no CUDA device; leave it out")
         self._on_error, self._pin = checked_on_error(on_error), pin_memory
@@ -229,13 +232,16 @@ class _Reader:
             self._scout.submit(self._schedule.num_steps, epoch + 1)
 
 
-def _num_threads(threads: int | None, ahead: int) -> int:
-    if ahead < 1 or (threads is not None and not 1 <= threads <= ahead):
+def _checked_threads(threads: int | None, ahead: int | None) -> tuple[int, int]:
+    """How many threads read, and how many batches ahead; ConfigError if a thread would have none."""
+    chosen = min(_cores(), _MOST_THREADS, ahead or _MOST_THREADS) if threads is None else threads
+    batches = chosen * _AHEAD_PER_THREAD if ahead is None else ahead
+    if not 1 <= chosen <= batches:
         raise ConfigError(
             f"threads is {threads} and ahead is {ahead}; every thread reads one of the batches ahead: give "
             "1 <= threads <= ahead"
         )
-    return threads or min(_cores(), _MOST_THREADS, ahead)
+    return chosen, batches
 
 
 def _cores() -> int:
