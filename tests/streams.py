@@ -2,6 +2,7 @@
 
 import threading
 from dataclasses import dataclass, field
+from itertools import islice
 from types import SimpleNamespace
 
 import numpy as np
@@ -78,3 +79,11 @@ def reading_threads():
 def taken(stream, epochs=1):
     """Tiles of every batch of the rest of this epoch, and of whole ones after it."""
     return [batch.tiles for _ in range(epochs) for batch in stream]
+
+
+def steps_of(stream, number):
+    """The next `number` batches, over as many epochs as it takes."""
+    batches = []
+    while len(batches) < number:
+        batches += islice(stream, number - len(batches))
+    return batches

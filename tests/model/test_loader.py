@@ -1,6 +1,5 @@
 """The same batches through torch's DataLoader and torchdata's, for any number of worker processes."""
 
-import multiprocessing
 import pickle
 import warnings
 from itertools import islice
@@ -15,6 +14,7 @@ from model.data.loader import TokenBatches
 from model.data.stream import BatchStream
 from pipeline.errors import ConfigError, StoreError
 from streams import numbered, taken
+from training_processes import SERVER
 
 SIZE = {"batch_tiles": 7, "seed": 4}
 
@@ -23,15 +23,13 @@ SIZE = {"batch_tiles": 7, "seed": 4}
 pytestmark = pytest.mark.filterwarnings(
     "ignore:'set_vital' is deprecated", "ignore:This DataLoader will create"
 )
-# Workers are forked from a small process that has imported what they need.
-multiprocessing.set_forkserver_preload(["model.data.loader", "streams"])
 
 
 def batches(**settings):
     return TokenBatches(numbered(100), **SIZE, **settings)
 
 
-def loader(dataset, workers, kind=DataLoader, start="forkserver"):
+def loader(dataset, workers, kind=DataLoader, start=SERVER):
     context = {"multiprocessing_context": start} if workers else {}
     return kind(dataset, batch_size=None, num_workers=workers, **context)
 
@@ -63,7 +61,7 @@ def test_workers_that_stay_go_on_to_the_next_epoch(expected):
         batch_size=None,
         num_workers=2,
         persistent_workers=True,
-        multiprocessing_context="forkserver",
+        multiprocessing_context=SERVER,
     )
     assert [taken(staying) for _ in range(2)] == expected
 
@@ -109,7 +107,7 @@ def test_workers_read_what_a_stream_reads(chip_store):
         TokenBatches(dataset, **SIZE),
         batch_size=None,
         num_workers=1,
-        multiprocessing_context="forkserver",
+        multiprocessing_context=SERVER,
     )
     for ours, theirs in zip(BatchStream(dataset, **SIZE), through, strict=True):
         assert torch.equal(ours.tile_indices, theirs.tile_indices)

@@ -2,8 +2,6 @@
 
 import json
 import random
-import subprocess
-import sys
 from itertools import islice
 
 import numpy as np
@@ -12,8 +10,9 @@ from torch.utils.data import DataLoader
 
 from model.data import BatchStream, TileDataset, TokenBatches
 from pipeline.errors import StoreError
-from streams import numbered
+from streams import numbered, steps_of
 from support import aptile, save_scene, textured
+from training_processes import SERVER, exit_codes, read_until
 
 SIZES = [{"batch_tiles": 5}, {"batch_tokens": 1500}]
 STEPS = 60
@@ -28,12 +27,9 @@ def lines(batches):
     return [" ".join(f"t{tile}" for tile in sorted(tiles)) + "\n" for tiles in batches]
 
 
-def steps_of(stream, number):
-    """Tiles of the next `number` steps, over as many epochs as it takes."""
-    batches = []
-    while len(batches) < number:
-        batches += [batch.tiles for batch in islice(stream, number - len(batches))]
-    return batches
+def tiles_of(stream, number):
+    """Tiles of the next `number` steps."""
+    return [batch.tiles for batch in steps_of(stream, number)]
 
 
 def resumed(state, size, ranks=1, **how):
@@ -57,7 +53,7 @@ def write_ids(path, parts):
 def stop_anywhere(tmp_path, size, number):
     """Runs stopped at random steps, in between and at the ends of epochs, by any number of threads."""
     chance = random.Random(7)  # noqa: S311
-    whole = write_ids(tmp_path / "whole.txt", [steps_of(resumed(None, size)[0], STEPS)])
+    whole = write_ids(tmp_path / "whole.txt", [tiles_of(resumed(None, size)[0], STEPS)])
     for _ in range(number):
         stops = sorted(chance.sample(range(1, STEPS), chance.randint(1, 3)))
         parts, state = [], None
@@ -65,7 +61,7 @@ def stop_anywhere(tmp_path, size, number):
             threads = chance.randint(1, 4)
             ranks = chance.choice([1, 1, 2])
             streams = resumed(state, size, ranks, threads=threads, ahead=threads + 1)
-            of_ranks = [steps_of(stream, end - begin) for stream in streams]
+            of_ranks = [tiles_of(stream, end - begin) for stream in streams]
             parts.append([sum(step, []) for step in zip(*of_ranks, strict=True)])  # noqa: RUF017
             (state,) = {json.dumps(stream.state_dict()) for stream in streams}
             state = json.loads(state)
@@ -88,62 +84,33 @@ def test_ids_of_many_stopped_runs_are_those_of_the_one_that_was_not(tmp_path, si
 
 @pytest.mark.parametrize("size", SIZES, ids=["tiles", "tokens"])
 def test_one_rank_then_two_then_four_see_the_same_samples_per_step(tmp_path, size):
-    whole = write_ids(tmp_path / "whole.txt", [steps_of(resumed(None, size)[0], STEPS)])
+    whole = write_ids(tmp_path / "whole.txt", [tiles_of(resumed(None, size)[0], STEPS)])
     parts, state = [], None
     for ranks in (1, 2, 4):
         streams = resumed(state, size, ranks)
-        of_ranks = [steps_of(stream, STEPS // 3) for stream in streams]
+        of_ranks = [tiles_of(stream, STEPS // 3) for stream in streams]
         parts.append([sum(step, []) for step in zip(*of_ranks, strict=True)])  # noqa: RUF017
         state = streams[-1].state_dict()
     assert write_ids(tmp_path / "grown.txt", parts) == whole
 
 
 def test_worker_processes_go_on_where_threads_were(tmp_path):
-    whole = write_ids(tmp_path / "whole.txt", [steps_of(resumed(None, SIZES[0])[0], 20)])
+    whole = write_ids(tmp_path / "whole.txt", [tiles_of(resumed(None, SIZES[0])[0], 20)])
     (stream,) = resumed(None, SIZES[0])
-    first = steps_of(stream, 7)
+    first = tiles_of(stream, 7)
     dataset = TokenBatches(source(), seed=2, **SIZES[0])
     dataset.load_state_dict(stream.state_dict())
-    loader = DataLoader(
-        dataset, batch_size=None, num_workers=2, multiprocessing_context="forkserver"
-    )
+    loader = DataLoader(dataset, batch_size=None, num_workers=2, multiprocessing_context=SERVER)
     assert write_ids(tmp_path / "stopped.txt", [first, [b.tiles for b in loader]]) == whole
 
 
 def test_a_killed_process_goes_on_in_another(chip_store, tmp_path):
     """State and ids are written after every step; the process ends without any clean-up."""
-    script = """
-import json, os, sys
-from pathlib import Path
-from model.data import BatchStream, TileDataset
-out, state, dies = Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4])
-dataset = TileDataset(sys.argv[1])
-stream = BatchStream(dataset, batch_tiles=2, seed=3)
-if state.exists():
-    stream.load_state_dict(json.loads(state.read_text()))
-done = len(out.read_text().splitlines()) if out.exists() else 0
-while done < 12:
-    for batch in stream:
-        with out.open("a") as file:
-            file.write(" ".join(dataset.tile_ids[batch.tile_indices.numpy()]) + "\\n")
-        state.write_text(json.dumps(stream.state_dict()))
-        done += 1
-        if done == dies:
-            os._exit(9)
-        if done == 12:
-            break
-"""
-
-    def run(name, dies):
-        files = [tmp_path / f"{name}.txt", tmp_path / f"{name}.json"]
-        command = [sys.executable, "-c", script, chip_store, *files, str(dies)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == (9 if dies else 0), done.stderr
-        return files[0].read_bytes()
-
-    run("stopped", 7)
+    files = [tmp_path / "ids.txt", tmp_path / "state.json"]
+    assert exit_codes(read_until, [(chip_store, *files, 12, 7)]) == [9]
+    assert exit_codes(read_until, [(chip_store, *files, 12, None)]) == [0]
     whole = ids(BatchStream(TileDataset(chip_store), batch_tiles=2, seed=3), 12)
-    assert run("stopped", 0).decode() == "".join(" ".join(step) + "\n" for step in whole)
+    assert files[0].read_text() == "".join(" ".join(step) + "\n" for step in whole)
 
 
 @pytest.fixture
@@ -184,13 +151,8 @@ def test_what_is_appended_is_invisible_while_training_and_refused_afterwards(gro
 
 def ids(stream, number):
     """Tile ids of the next steps."""
-    names, batches = stream.dataset.tile_ids, []
-    while len(batches) < number:
-        batches += [
-            names[batch.tile_indices.numpy()].tolist()
-            for batch in islice(stream, number - len(batches))
-        ]
-    return batches
+    names = stream.dataset.tile_ids
+    return [names[batch.tile_indices.numpy()].tolist() for batch in steps_of(stream, number)]
 
 
 def test_pixels_of_a_resumed_run_are_those_of_the_one_that_was_not(chip_store):
