@@ -27,7 +27,7 @@ from affine import Affine
 from common import arguments, report
 from model.data import BatchStream, TileDataset
 
-BANDS, TILE_PX, BATCH_TILES = 12, 128, 32
+BANDS, TILE_PX, BATCH_TILES = 12, 128, 128
 CONSUMED = 0.8
 STEPS = 400
 TARGETS = {"resume": "<= 50 ms", "waiting": "<= 1 %", "memory": "flat", "hangs": "0 of 200"}
@@ -116,7 +116,7 @@ def first_batches(dataset: TileDataset, number: int) -> list[dict[str, Any]]:
     anew = time.perf_counter() - begin
     stream.close()
     seconds = []
-    for step in np.linspace(1, len(stream) - 2, 7).astype(int).tolist():
+    for step in np.linspace(1, len(stream) - 2, 9).astype(int).tolist():
         state = {**stream.state_dict(), "step": step}
         begin = time.perf_counter()
         stream.load_state_dict(state)

@@ -132,17 +132,20 @@ class BatchStream:
         epoch = self.epoch
         try:
             while self.epoch == epoch:
-                reader = self._reader_here()
-                batch = reader.take()
-                self._position = reader.position
-                self.skipped += len(batch.skipped)
-                yield batch
+                yield self._take()
                 if turn is not self._newest:
                     raise RuntimeError("this stream was iterated anew, or closed, in the meantime")
         finally:
             # At the end of an epoch the first batches of the next one are being read already.
             if turn is self._newest and self.epoch == epoch:
                 self.close()
+
+    def _take(self) -> TokenBatch:
+        reader = self._reader_here()
+        batch = reader.take()
+        self._position = reader.position
+        self.skipped += len(batch.skipped)
+        return batch
 
     def _reader_here(self) -> "_Reader":
         """The reader that stands where this stream does."""
@@ -186,6 +189,10 @@ class _Reader:
         self._read, self._schedule, self._ahead = read, read.schedule, ahead
         self._pending: deque[tuple[Position, Future[TokenBatch]]] = deque()
         self._next = start
+        # The batch handed out last, and those before: freed by the readers. The loop's own thread would
+        # wait for its turn in the interpreter once for every tensor.
+        self._last: TokenBatch | None = None
+        self._done: list[TokenBatch | None] = []
         self._threads = ThreadPoolExecutor(threads, THREAD_NAME)
         # Its own thread: a plan of many tiles would keep a reading one from its batches.
         self._scout = ThreadPoolExecutor(1, THREAD_NAME)
@@ -198,6 +205,8 @@ class _Reader:
         after, future = self._pending.popleft()
         batch = future.result()
         self.position = after
+        self._done.append(self._last)
+        self._last = batch
         self._fill()
         return batch
 
@@ -214,7 +223,7 @@ class _Reader:
         while len(self._pending) < self._ahead and (
             not self._pending or self._schedule.is_planned(self._next.epoch)
         ):
-            future = self._threads.submit(self._read, self._next)
+            future = self._threads.submit(_read_next, self._read, self._next, self._done)
             self._look_ahead()
             self._next = self._schedule.after(self._next)
             self._pending.append((self._next, future))
@@ -224,12 +233,18 @@ class _Reader:
         epoch, step = self._next
         steps = self._schedule.num_steps(epoch)
         first = self._announced.step if self._announced.epoch == epoch else 0
-        self._announced = Position(epoch, min(step + _ANNOUNCED, steps))
-        coming = [Position(epoch, number) for number in range(first, self._announced.step)]
-        self._scout.submit(self._announce, coming)
+        if first < steps and first <= step + _ANNOUNCED // 2:
+            self._announced = Position(epoch, min(step + _ANNOUNCED, steps))
+            coming = [Position(epoch, number) for number in range(first, self._announced.step)]
+            self._scout.submit(self._announce, coming)
         if self._planning == epoch and step + _PLANNED_EARLY >= steps:
             self._planning = epoch + 1
             self._scout.submit(self._schedule.num_steps, epoch + 1)
+
+
+def _read_next(read: BatchReader, at: Position, done: list[TokenBatch | None]) -> TokenBatch:
+    done.clear()
+    return read(at)
 
 
 def _checked_threads(threads: int | None, ahead: int | None) -> tuple[int, int]:
