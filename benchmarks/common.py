@@ -22,12 +22,16 @@ class Silent(Observer):
     """Nobody watches."""
 
 
-def arguments(description: str, scenes: bool = False, pictures: bool = False) -> argparse.Namespace:
+def arguments(
+    description: str, scenes: bool = False, pictures: bool = False, out: bool = False
+) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description)
     if scenes:
         parser.add_argument("--scenes", type=Path, nargs="+", metavar="TIF", help="GeoTIFF scenes")
     if pictures:
         parser.add_argument("--pictures", type=Path, metavar="FOLDER", help="draw into this folder")
+    if out:
+        parser.add_argument("--out", type=Path, metavar="FOLDER", help="keep the files compared")
     parser.add_argument("--quick", action="store_true", help="tiny input: does the script work?")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures as JSON")
     return parser.parse_args()

@@ -4,17 +4,18 @@ Never imports dask, rasterio or numba: a training environment can lack them.
 """
 
 from model.batch import TokenBatch
-from model.data import Augmentation, BatchOrder, BatchStream, TileDataset
+from model.data import Augmentation, BatchStream, TileDataset, TokenBatches, mix
 from model.encoder import APTEncoder, EncoderConfig
 from model.upsample import scatter_to_grid
 
 __all__ = [
     "APTEncoder",
     "Augmentation",
-    "BatchOrder",
     "BatchStream",
     "EncoderConfig",
     "TileDataset",
     "TokenBatch",
+    "TokenBatches",
+    "mix",
     "scatter_to_grid",
 ]

@@ -22,7 +22,7 @@ from pydantic import Field, model_validator
 from model.attention import choose_attention
 from model.batch import TokenBatch
 from model.checkpoint import SafetensorsCheckpointIO, read_checkpoint
-from model.data import BatchOrder, BatchStream, TileDataset
+from model.data import BatchStream, TileDataset
 from model.encoder import CONFIG_FILE, APTEncoder, EncoderConfig, Size
 from model.objectives import MaskedPrediction, random_masking
 from pipeline.errors import StoreError
@@ -37,6 +37,7 @@ CHECKPOINT, LOSS_FILE, RUN_FILE, ENCODER = (
     "run.json",
     "encoder",
 )
+_BATCH_TILES = 8
 _LOSS_COLUMNS = ("step", "loss", "tokens", "learning_rate")
 
 
@@ -46,7 +47,15 @@ class TrainConfig(Frozen):
     partition: str = Field("default", description="The store's partition that becomes tokens.")
     size: Size = Field("nano", description="Encoder size: nano, tiny, small, base or large.")
     steps: int = Field(300, ge=1, description="Optimiser steps of the whole run.")
-    batch_tiles: int = Field(8, ge=1, description="Tiles per step.")
+    batch_tokens: int | None = Field(
+        None, ge=1, description="Most tokens of a step; no tile may have more."
+    )
+    batch_tiles: int | None = Field(
+        None, ge=1, description="Tiles per step, instead of batch_tokens; 8 if neither is given."
+    )
+    split: str | tuple[str, ...] | None = Field(
+        None, description="Train on the tiles of these splits only; on all tiles if not given."
+    )
     learning_rate: float = Field(2e-3, gt=0, description="Peak learning rate of AdamW.")
     warmup_steps: int = Field(20, ge=0, description="Steps of linear warm-up before cosine decay.")
     weight_decay: float = Field(0.02, ge=0, description="Weight decay of AdamW.")
@@ -60,7 +69,17 @@ class TrainConfig(Frozen):
             raise ValueError(
                 f"warmup_steps is {self.warmup_steps}; it must be below steps, {self.steps}"
             )
+        if self.batch_tokens is not None and self.batch_tiles is not None:
+            raise ValueError(
+                f"batch_tokens is {self.batch_tokens} and batch_tiles is {self.batch_tiles}; "
+                "give one of them"
+            )
         return self
+
+    @property
+    def tiles_per_step(self) -> int | None:
+        """None with a token budget."""
+        return None if self.batch_tokens else self.batch_tiles or _BATCH_TILES
 
 
 @dataclass(frozen=True)
@@ -170,7 +189,7 @@ def train(
     """
     opened = open_store(store)
     modality = opened.tokenized[0]
-    dataset = TileDataset(opened, config.partition, {modality: [""]})
+    dataset = TileDataset(opened, config.partition, {modality: [""]}, config.split)
     if len(dataset) == 0:
         raise StoreError(f"{store}: the store has no tiles to train from")
     encoder = EncoderConfig.for_store(opened, modality, config.size)
@@ -201,7 +220,15 @@ def _fit(
     done: int,
     observer: Callable[[int, float], None],
 ) -> None:
-    order = BatchOrder(len(dataset), config.batch_tiles, config.seed)
+    stream = BatchStream(
+        dataset,
+        batch_tokens=config.batch_tokens,
+        batch_tiles=config.tiles_per_step,
+        seed=config.seed,
+    )
+    if done:
+        # Lightning asks how long the epoch is before it hands the state back.
+        stream.load_state_dict(_stream_state(out))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"lightning\..*|torch\..*")
         logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -212,6 +239,8 @@ def _fit(
             # The packed attention kernels of CUDA take 16-bit numbers only.
             precision="bf16-mixed" if torch.cuda.is_available() else "32-true",
             max_steps=config.steps,
+            # Epochs of a token budget differ in their number of steps.
+            reload_dataloaders_every_n_epochs=1,
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
@@ -220,12 +249,13 @@ def _fit(
             plugins=[SafetensorsCheckpointIO()],
         )
         module = Pretraining(config, encoder)
-        stream = BatchStream(dataset, order, done, config.steps)
         try:
             trainer.fit(module, stream, ckpt_path=str(out / CHECKPOINT) if done else None)
         except SystemExit:
             # Lightning turns Ctrl-C into an exit of its own.
             raise KeyboardInterrupt from None
+        finally:
+            stream.close()
     module.objective.encoder.save_pretrained(out / ENCODER)
 
 
@@ -266,6 +296,12 @@ def _what_differs(found: Any, wanted: dict[str, Any]) -> str:
 def _steps_done(out: Path) -> int:
     path = out / CHECKPOINT
     return int(read_checkpoint(path, with_tensors=False)["global_step"]) if path.exists() else 0
+
+
+def _stream_state(out: Path) -> dict[str, Any]:
+    """Where the stream of batches was at the last checkpoint."""
+    checkpoint = read_checkpoint(out / CHECKPOINT, with_tensors=False)
+    return checkpoint["loops"]["fit_loop"]["state_dict"]["combined_loader"][0]
 
 
 def _loss_rows(out: Path) -> list[list[str]]:

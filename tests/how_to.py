@@ -23,7 +23,9 @@ from pipeline import Store, open_store
 from support import aptile, save_scene
 
 HOW_TO = Path(__file__).parent.parent / "docs" / "how-to"
-PAGES = sorted(page.stem for page in HOW_TO.glob("*.md") if page.stem != "README")
+# Pages without an archive of their own.
+OTHER = ("README", "train-with-your-own-loop")
+PAGES = sorted(page.stem for page in HOW_TO.glob("*.md") if page.stem not in OTHER)
 FOLDERS = {"eurosat": "eurosat_rgb", "stac": "satclip", "s2-native": "satclip"}
 # The example's places, of which the catalogue page prints one item and describes the others.
 OLDER, NEWER = ("patch_502692", "patch_511198"), ("patch_445", "patch_57755")

@@ -1,130 +1,23 @@
-"""The order of training, the stream of batches, and tiles of a real store."""
+"""Tiles of a real store, and batches of them."""
 
 import subprocess
 import sys
-import threading
 from collections import Counter
-from concurrent.futures import Future
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
-from model.data import BatchOrder, BatchStream, TileDataset
+from model.data import BatchStream, TileDataset
+from model.data.schedule import Position, Ranks
 from pipeline import segments
 from pipeline.errors import ConfigError, StoreError
 from pipeline.store import open_store
-
-orders = st.builds(
-    BatchOrder,
-    num_tiles=st.integers(1, 60),
-    batch_tiles=st.integers(1, 20),
-    seed=st.integers(0, 2**32),
-)
-
-
-class Recorder:
-    """Stands in for a dataset: a batch is the list of its tiles; remembers what was read."""
-
-    def __init__(self, fails_at=None):
-        self.read = []
-        self.fails_at = fails_at
-
-    def batch(self, tiles):
-        self.read.append(tiles.tolist())
-        if len(self.read) - 1 == self.fails_at:
-            raise OSError("the disk is gone")
-        return tiles.tolist()
-
-
-def reading_threads():
-    return [t for t in threading.enumerate() if t.name.startswith("aptile-batches")]
 
 
 @pytest.fixture(scope="module")
 def dataset(chip_store):
     return TileDataset(chip_store)
-
-
-@given(order=orders, epoch=st.integers(0, 50))
-def test_every_tile_comes_exactly_once_per_epoch(order, epoch):
-    first = epoch * order.steps_per_epoch
-    batches = [order.tiles(first + step) for step in range(order.steps_per_epoch)]
-    assert sorted(np.concatenate(batches).tolist()) == list(range(order.num_tiles))
-    assert all(len(batch) == order.batch_tiles for batch in batches[:-1])
-    assert 0 < len(batches[-1]) <= order.batch_tiles
-
-
-@given(order=orders, step=st.integers(0, 5000), other=st.integers(0, 5000))
-def test_a_batch_depends_on_the_seed_and_the_step_alone(order, step, other):
-    expected = order.tiles(step).tolist()
-    order.tiles(other)
-    again = BatchOrder(order.num_tiles, order.batch_tiles, order.seed)
-    assert again.tiles(step).tolist() == expected
-
-
-@given(seed=st.integers(0, 2**32), epoch=st.integers(0, 50))
-def test_epochs_and_seeds_shuffle_differently(seed, epoch):
-    of_epoch = [BatchOrder(100, 100, seed).tiles(e).tolist() for e in (epoch, epoch + 1)]
-    assert of_epoch[0] != of_epoch[1]
-    assert BatchOrder(100, 100, seed + 1).tiles(epoch).tolist() != of_epoch[0]
-
-
-@given(order=orders, stop=st.integers(0, 30), data=st.data())
-def test_a_stream_that_starts_late_gives_the_tail(order, stop, data):
-    start = data.draw(st.integers(0, stop))
-    whole = list(BatchStream(Recorder(), order, 0, stop))
-    assert whole == [order.tiles(step).tolist() for step in range(stop)]
-    late = BatchStream(Recorder(), order, start, stop)
-    assert list(late) == whole[start:]
-    assert len(late) == stop
-
-
-def test_a_stream_can_be_read_twice():
-    stream = BatchStream(Recorder(), BatchOrder(10, 3, 0), 0, 6)
-    assert list(stream) == list(stream)
-
-
-class ReadsAtOnce:
-    """An executor whose work is done by the time it is submitted."""
-
-    def __init__(self, workers, thread_name_prefix):
-        pass
-
-    def submit(self, function, *arguments):
-        future = Future()
-        future.set_result(function(*arguments))
-        return future
-
-    def shutdown(self, wait, cancel_futures):
-        pass
-
-
-def test_reading_ahead_is_bounded(monkeypatch):
-    monkeypatch.setattr("model.data.stream.ThreadPoolExecutor", ReadsAtOnce)
-    recorder = Recorder()
-    batches = iter(BatchStream(recorder, BatchOrder(10, 3, 0), 0, 1000))
-    for taken in range(1, 50):
-        next(batches)
-        assert taken < len(recorder.read) <= taken + 8
-
-
-def test_stopping_early_leaves_no_thread_running():
-    batches = iter(BatchStream(Recorder(), BatchOrder(10, 3, 0), 0, 1000))
-    next(batches)
-    assert len(reading_threads()) == 1
-    batches.close()
-    assert reading_threads() == []
-
-
-def test_a_failed_read_reaches_the_loop_and_leaves_no_thread_running():
-    stream = BatchStream(Recorder(fails_at=2), BatchOrder(10, 3, 0), 0, 1000)
-    seen = []
-    with pytest.raises(OSError, match="the disk is gone"):
-        seen.extend(stream)
-    assert reading_threads() == []
 
 
 def test_the_dataset_holds_the_tiles_of_the_manifest_in_order(dataset, chip_store):
@@ -176,11 +69,15 @@ def test_every_valid_pixel_of_the_store_is_in_the_batch_of_all_tiles(dataset):
 
 
 def test_a_stream_over_a_store_gives_its_batches(dataset):
-    order = BatchOrder(len(dataset), 4, seed=1)
-    for step, batch in enumerate(BatchStream(dataset, order, 0, 4)):
-        expected = dataset.batch(order.tiles(step))
-        assert torch.equal(batch.cells(0, 0)[0], expected.cells(0, 0)[0])
-        assert batch.tile_indices.tolist() == order.tiles(step).tolist()
+    stream = BatchStream(dataset, batch_tiles=4, seed=1)
+    for step, batch in enumerate(stream):
+        tiles = stream.schedule.tiles(Position(0, step), Ranks(0, 1))
+        expected = dataset.batch(tiles, draw=(1, 0))
+        (found,), (wanted,) = batch.modalities, expected.modalities
+        assert torch.equal(found.band_sets[0].pixels, wanted.band_sets[0].pixels)
+        assert torch.equal(batch.scales, expected.scales)
+        assert batch.tile_indices.tolist() == tiles.tolist()
+    stream.close()
 
 
 def test_a_dataset_opens_a_path_or_takes_an_open_store(chip_store):

@@ -10,12 +10,12 @@ import sys
 import pytest
 import torch
 
-from model.checkpoint import read_checkpoint
+from model.checkpoint import SafetensorsCheckpointIO, read_checkpoint
 from model.data import TileDataset
 from model.encoder import APTEncoder, EncoderConfig
 from model.objectives import MaskedPrediction, random_masking
 from model.training import Pretraining, TrainConfig, train
-from pipeline.errors import StoreError
+from pipeline.errors import ConfigError, StoreError
 from pipeline.store import open_store
 
 CONFIG = TrainConfig(steps=8, batch_tiles=4, warmup_steps=2, checkpoint_every=3, seed=5)
@@ -130,6 +130,36 @@ def test_an_interrupted_run_ends_like_one_that_was_not(chip_store, finished, tmp
     expected, found = content(finished), content(tmp_path)
     for name in ("loss.csv", "run.json", "encoder/config.json", "encoder/model.safetensors"):
         assert found[name] == expected[name], name
+
+
+def test_a_run_with_a_token_budget_goes_on_like_any_other(chip_store, tmp_path):
+    config = CONFIG.model_copy(update={"batch_tiles": None, "batch_tokens": 1000})
+    train(chip_store, tmp_path / "whole", config, ignore)
+    with pytest.raises(Interruption):
+        train(chip_store, tmp_path / "stopped", config, interrupt_after(5))
+    train(chip_store, tmp_path / "stopped", config, ignore)
+    assert content(tmp_path / "stopped")["loss.csv"] == content(tmp_path / "whole")["loss.csv"]
+    assert all(int(row["tokens"]) <= 1000 for row in loss_rows(tmp_path / "whole"))
+
+
+def test_only_tiles_of_the_splits_are_trained_on(chip_store, tmp_path):
+    with pytest.raises(ConfigError, match="train"):
+        train(chip_store, tmp_path / "out", CONFIG.model_copy(update={"split": "train"}), ignore)
+    assert not (tmp_path / "out").exists()
+
+
+def test_data_that_changed_in_the_meantime_are_refused(chip_store, copy):
+    """The folder's file says the same data, the stream's own state knows better."""
+    checkpoint = read_checkpoint(copy / "checkpoint.safetensors")
+    (state,) = checkpoint["loops"]["fit_loop"]["state_dict"]["combined_loader"]
+    assert (state["epoch"], state["step"]) == (2, 2)
+    state["fingerprint"] = "0" * 64
+    checkpoint["global_step"] = 6
+    SafetensorsCheckpointIO().save_checkpoint(checkpoint, copy / "checkpoint.safetensors")
+    before = content(copy)
+    with pytest.raises(StoreError, match="made over other data"):
+        train(chip_store, copy, CONFIG, ignore)
+    assert content(copy) == before
 
 
 def test_ctrl_c_is_an_interruption_like_any_other(chip_store, finished, tmp_path):
@@ -262,6 +292,7 @@ def test_a_store_that_is_none_leaves_no_folder_behind(tmp_path):
         ({"warmup_steps": 8}, "warmup_steps is 8; it must be below steps, 8"),
         ({"steps": 0}, "steps"),
         ({"hidden_share": 1.0}, "hidden_share"),
+        ({"batch_tokens": 4096}, "batch_tokens is 4096 and batch_tiles is 4; give one of them"),
         ({"dropout": 0.1}, "dropout"),
     ],
 )
