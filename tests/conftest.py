@@ -1,5 +1,6 @@
 """Fixtures shared by all tests: archives real and synthetic, stores made by the command line."""
 
+import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
+from kept_workers import KeptWorkers
 from support import aptile, save_scene
 
 ROOT = Path(__file__).parent.parent
@@ -29,6 +31,20 @@ def _workers_stay_what_they_are() -> Iterator[None]:
     yield
     batch, engine = (sys.modules.get(f"pipeline.jobs.{name}") for name in ("batch", "engine"))
     assert batch is None or batch.run_tasks is engine.run_tasks
+
+
+@pytest.fixture(scope="session")
+def _workers() -> Iterator[KeptWorkers]:
+    with contextlib.closing(KeptWorkers()) as kept:
+        yield kept
+
+
+@pytest.fixture(scope="module")
+def kept_workers(_workers: KeptWorkers) -> Iterator[None]:
+    """Local jobs of a module that uses this share their worker processes, one job after the other."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipeline.jobs.clients._local", _workers.local)
+        yield
 
 
 @pytest.fixture(scope="session")

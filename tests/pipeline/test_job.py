@@ -20,6 +20,8 @@ from pipeline.settings.loading import load_config
 from pipeline.storage.ledger import ledger_name
 from support import Watching, aptile, assert_same_bytes, files, save_scene, textured
 
+pytestmark = pytest.mark.usefixtures("kept_workers")
+
 SMALL = (
     "store.tile_size_px=32",
     "store.shard_tiles=4",

@@ -17,6 +17,8 @@ from pipeline.settings.config import PreprocessConfig
 from pipeline.settings.loading import load_config
 from support import Watching, aptile, assert_same_bytes, save_scene, textured
 
+pytestmark = pytest.mark.usefixtures("kept_workers")
+
 CONFIG = """
 modalities:
   s2:

@@ -25,6 +25,8 @@ from pipeline.storage.objects import LocalObjects
 from support import Watching, aptile, files, reseal, save_scene, textured
 from workflows.verify import groups, in_words
 
+pytestmark = pytest.mark.usefixtures("kept_workers")
+
 FLIPS = 1000
 
 

@@ -11,6 +11,8 @@ import pytest
 from pipeline import open_store
 from support import aptile, assert_same_bytes
 
+pytestmark = pytest.mark.usefixtures("kept_workers")
+
 
 @pytest.fixture
 def store(chip_store, tmp_path):

@@ -13,6 +13,8 @@ import pytest
 from support import aptile
 from wrong_cases import CASES, SINGLE_SCENES, item, items, tif
 
+pytestmark = pytest.mark.usefixtures("kept_workers")
+
 CODE = re.compile("^(`+) ?(.*?) ?\\1$")
 PAGE = Path(__file__).parents[2] / "docs" / "wrong-inputs.md"
 
