@@ -6,11 +6,11 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
 
-from kept_workers import KeptWorkers
 from support import aptile, save_scene
 
 ROOT = Path(__file__).parent.parent
@@ -35,13 +35,16 @@ def _workers_stay_what_they_are() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def _workers() -> Iterator[KeptWorkers]:
+def _workers() -> Iterator[Any]:
+    # Dask sets up logging as it is imported, and must find that pytest has done so.
+    from kept_workers import KeptWorkers
+
     with contextlib.closing(KeptWorkers()) as kept:
         yield kept
 
 
 @pytest.fixture(scope="module")
-def kept_workers(_workers: KeptWorkers) -> Iterator[None]:
+def kept_workers(_workers: Any) -> Iterator[None]:
     """Local jobs of a module that uses this share their worker processes, one job after the other."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pipeline.jobs.clients._local", _workers.local)
