@@ -3,13 +3,14 @@
 Never imports dask, rasterio or numba: a training environment can lack them.
 """
 
-from model.data import BatchOrder, BatchStream, TileDataset
+from model.batch import TokenBatch
+from model.data import Augmentation, BatchOrder, BatchStream, TileDataset
 from model.encoder import APTEncoder, EncoderConfig
-from model.packing import TokenBatch
 from model.upsample import scatter_to_grid
 
 __all__ = [
     "APTEncoder",
+    "Augmentation",
     "BatchOrder",
     "BatchStream",
     "EncoderConfig",

@@ -1,6 +1,6 @@
 """From pixels to base tokens: normalisation, patch embedding, composite encodings.
 
-Shape suffixes are those of `model.packing`.
+Shape suffixes are those of `model.batch`.
 """
 
 import torch
@@ -25,10 +25,10 @@ class PixelNormalization(nn.Module):
             "span_C11", (ranges[:, 1] - ranges[:, 0])[:, None, None], persistent=False
         )
 
-    def forward(self, values_MCPP: Tensor, valid_MPP: Tensor) -> Tensor:
+    def forward(self, values_MCPP: Tensor, valid_MCPP: Tensor) -> Tensor:
         unit = (values_MCPP.to(self.low_C11.dtype) - self.low_C11) / self.span_C11
         # where(), not a product: an invalid NaN times 0 would stay NaN.
-        return torch.where(valid_MPP[:, None], 2 * unit - 1, 0)
+        return torch.where(valid_MCPP, 2 * unit - 1, 0)
 
 
 class PatchEmbedding(nn.Module):

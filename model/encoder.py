@@ -1,7 +1,7 @@
 """The APT encoder: pixels of a packed batch in, one vector per token out.
 
 Embed every base cell, add encodings, merge runs into tokens, run pre-norm transformer blocks over the
-packed sequence. Shape suffixes are those of `model.packing`.
+packed sequence. Shape suffixes are those of `model.batch`.
 """
 
 import json
@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from model.attention import choose_attention
+from model.batch import TokenBatch, only_group
 from model.embed import REFERENCE_DISTANCE_M, CompositeEncoding, PatchEmbedding, PixelNormalization
 from model.merge import RunMerge
-from model.packing import TokenBatch
 from pipeline.errors import ConfigError
 from pipeline.scorers.config import Frozen
 from pipeline.settings.canonical import canonical_json
@@ -52,13 +52,15 @@ class EncoderConfig(Frozen):
 
     @classmethod
     def for_store(cls, store: Store, modality: str, size: Size) -> Self:
-        """The configuration of an encoder of that size for a store's modality."""
+        """The configuration of an encoder of that size for the first band set of a store's modality."""
         width, depth = SIZES[size]
         entry = store.header["modalities"][modality]
+        # Those of the first band set come first.
+        ranges = entry["value_range"][: len(store.layout_of(modality).bands)]
         return cls(
             width=width,
             depth=depth,
-            value_range=tuple((float(low), float(high)) for low, high in entry["value_range"]),
+            value_range=tuple((float(low), float(high)) for low, high in ranges),
             base_patch_size=entry["base_patch_size"],
             ground_sample_distance_m=entry["ground_sample_distance_m"],
         )
@@ -128,9 +130,23 @@ class APTEncoder(nn.Module):
 
     def tokens(self, batch: TokenBatch) -> Tensor:
         """Embedded, encoded and merged tokens [N, D], before any token saw another."""
-        pixels_MCPP = self.normalization(batch.values, batch.valid)
-        base_MD = self.embedding(pixels_MCPP, batch.valid) + self._base_encoding(batch)
+        pixels_MCPP, valid_MPP = self.pixels(batch)
+        base_MD = self.embedding(pixels_MCPP, valid_MPP) + self._base_encoding(batch)
         return self.merge(base_MD, batch)
+
+    def pixels(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
+        """Normalised pixels [M, C, P, P], 0 where invalid or dropped, and validity [M, P, P].
+
+        Raises ConfigError for a batch of several modalities or band sets.
+        """
+        frames = only_group(batch, "APTEncoder")
+        pixels_MCPP, valid_MPP = batch.cells(0, 0)
+        frame = batch.cell_index(0) // frames.grid.num_cells
+        present_MC = frames.band_sets[0].band_present.index_select(0, frame)
+        there_MCPP = valid_MPP[:, None] & present_MC[:, :, None, None]
+        if batch.normalized:
+            return torch.where(there_MCPP, pixels_MCPP.float(), 0), valid_MPP
+        return self.normalization(pixels_MCPP, there_MCPP), valid_MPP
 
     def save_pretrained(self, folder: Path) -> None:
         """Write `model.safetensors` and then `config.json` into `folder`."""
@@ -154,7 +170,8 @@ class APTEncoder(nn.Module):
 
     def _base_encoding(self, batch: TokenBatch) -> Tensor:
         """[M, D]: the encoding of every base row."""
-        cells = batch.grid.num_cells
-        yx = torch.tensor(batch.grid.cell_yx).to(batch.cell_index.device)
-        y, x = yx[batch.cell_index % cells].unbind(1)
-        return self.encoding(y, x, batch.frame_timestep[batch.cell_index // cells])
+        frames, index = batch.modalities[0], batch.cell_index(0)
+        cells = frames.grid.num_cells
+        yx = torch.tensor(frames.grid.cell_yx).to(index.device)
+        y, x = yx[index % cells].unbind(1)
+        return self.encoding(y, x, frames.timestep[index // cells])

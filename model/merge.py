@@ -7,7 +7,7 @@ reshape from [4 n, D] to [n, 4 D] and one matrix product. One convolution serves
 import torch
 from torch import Tensor, nn
 
-from model.packing import MergeLevel, TokenBatch
+from model.batch import MergePlan, TokenBatch
 
 
 class RunMerge(nn.Module):
@@ -24,25 +24,23 @@ class RunMerge(nn.Module):
             self.combine.bias.zero_()
 
     def forward(self, base_MD: Tensor, batch: TokenBatch) -> Tensor:
-        return merge_runs(base_MD, batch.merge, batch.token_order, self.combine)
+        return merge_runs(base_MD, batch.merge, self.combine)
 
 
-def merge_runs(
-    rows_MD: Tensor, merge: tuple[MergeLevel, ...], token_order: Tensor, combine: nn.Module
-) -> Tensor:
+def merge_runs(rows_MD: Tensor, plan: MergePlan, combine: nn.Module) -> Tensor:
     """Apply `combine` ([n, 4 D] to [n, D]) level by level; tokens [N, D] in token order."""
+    # index_select: the backward of indexing with [] is several times slower.
+    rows_MD = rows_MD.index_select(0, plan.rows)
     finished = []
-    for level in merge:
-        # index_select: the backward of indexing with [] is several times slower.
-        finished.append(rows_MD.index_select(0, level.finished))
-        children = rows_MD.index_select(0, level.rows)
-        rows_MD = combine(children.reshape(-1, 4 * children.shape[1]))
-    return torch.cat(finished).index_select(0, token_order)
+    for num_finished in plan.finished:
+        finished.append(rows_MD[:num_finished])
+        rows_MD = combine(rows_MD[num_finished:].reshape(-1, 4 * rows_MD.shape[1]))
+    return torch.cat(finished).index_select(0, plan.token_order)
 
 
 def average_runs(rows_MD: Tensor, batch: TokenBatch) -> Tensor:
     """The mean of every token's base rows, [N, D]."""
-    return merge_runs(rows_MD, batch.merge, batch.token_order, _MeanOfFour(rows_MD.shape[1]))
+    return merge_runs(rows_MD, batch.merge, _MeanOfFour(rows_MD.shape[1]))
 
 
 class _MeanOfFour(nn.Module):

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
+from model.batch import TokenBatch, cumulative_lengths
 from model.encoder import APTEncoder, BlockStack
 from model.merge import average_runs
-from model.packing import TokenBatch, cumulative_lengths
 
 PREDICTOR_DEPTH = 2
 TARGET_WIDTH = 128
@@ -93,10 +93,9 @@ class MaskedPrediction(nn.Module):
 
         Centred per tile: what all tokens of a tile share says nothing about which one is which.
         """
-        pixels = self.encoder.normalization(batch.values, batch.valid).flatten(1)
-        projected = average_runs(self.target_projection(pixels), batch)
-        lengths = batch.cu_seqlens.diff()
-        tile = torch.repeat_interleave(lengths, output_size=batch.num_tokens)
+        pixels, _ = self.encoder.pixels(batch)
+        projected = average_runs(self.target_projection(pixels.flatten(1)), batch)
+        lengths, tile = batch.cu_seqlens.diff(), batch.tile_of_token
         sums = projected.new_zeros(batch.num_tiles, TARGET_WIDTH).index_add(0, tile, projected)
         return projected - (sums / lengths.clamp(min=1)[:, None]).index_select(0, tile)
 

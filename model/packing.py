@@ -1,169 +1,188 @@
-"""Packed batches: tiles of any token count side by side, without padding.
+"""From frames as they were read to a packed batch: only work per token, none per base cell or pixel."""
 
-Shape suffixes used in this package:
-
-- M = base cells of present tokens, in storage order, tile after tile
-- N = tokens (leaves that are not missing), in storage order, tile after tile
-- B = tiles, F = frames, C = bands, P = base patch size in px
-- D = model width, H = heads, K = head width
-"""
-
-from dataclasses import dataclass, fields, replace
-from typing import Any, Self
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from model.batch import (
+    ONLINE,
+    BandSetPixels,
+    LabelFrames,
+    ModalityFrames,
+    TokenBatch,
+    cumulative_lengths,
+)
 from pipeline import segments
 from pipeline.grid import BaseGrid
-from pipeline.storage.tiles import Frames
 
 
-@dataclass(frozen=True)
-class MergeLevel:
-    """Which rows merge on the way from one level to the next coarser one.
+@dataclass
+class BandSetArrays:
+    """Bands of one resolution of some frames: `pixels` [F, C, y, x], `valid` bool [F, y, x].
 
-    `rows` int64 index the finer level's rows that belong to coarser leaves, in groups of four;
-    `finished` int64 index the finer level's rows that are whole tokens.
+    `band_present` bool [F, C] is False where a band was dropped; its pixels are 0 then.
     """
 
-    rows: Tensor
-    finished: Tensor
+    name: str
+    bands: tuple[str, ...]
+    pixels: np.ndarray
+    valid: np.ndarray
+    band_present: np.ndarray
 
 
-@dataclass(frozen=True)
-class TokenBatch:
-    """Tiles as one packed sequence of tokens.
+@dataclass
+class FrameArrays:
+    """Frames of one modality, tile after tile, each tile's in the order of time.
 
-    - `values` [M, C, P, P]: pixels of every base cell of every token, in the archive's own numbers.
-      A token of scale `s` owns `4**s` consecutive rows. Missing leaves have none.
-    - `valid` bool [M, P, P]: which of them are valid; the value of an invalid pixel means nothing.
-    - `cell_index` int64 [M]: frame * cells per frame + storage position of each row.
-    - `scales` uint8 [N]; `positions` int32 [N, 4]: (y, x) of the leaf's top-left base cell, scale,
-      timestep.
-    - `cu_seqlens` int32 [B + 1]: tile `b` owns tokens `cu_seqlens[b] ... cu_seqlens[b + 1] - 1`;
-      `max_seqlen` is the largest tile's count.
-    - `merge` [scale], `token_order` int64 [N]: how base rows become tokens (see `model.merge`).
-    - `tile_indices` int64 [B]: rows of the store's manifest.
-    - `frame_timestep` int64 [F]: the timestep of each frame inside its tile.
+    `scales` uint8 [leaf] holds the leaves frame after frame, `counts` int64 [F] of each; every frame's
+    cover its whole `grid`, missing ones included. `tile` int64 [F] is the frame's tile in the batch,
+    ascending; `timestep` int64 [F]; `timestamps` int32 [F, 3] as in `ModalityFrames`.
     """
 
-    values: Tensor
-    valid: Tensor
-    cell_index: Tensor
-    scales: Tensor
-    positions: Tensor
-    cu_seqlens: Tensor
-    max_seqlen: int
-    merge: tuple[MergeLevel, ...]
-    token_order: Tensor
-    tile_indices: Tensor
-    frame_timestep: Tensor
+    name: str
     grid: BaseGrid
-
-    @property
-    def num_tiles(self) -> int:
-        return self.cu_seqlens.numel() - 1
-
-    @property
-    def num_frames(self) -> int:
-        return self.frame_timestep.numel()
-
-    @property
-    def num_tokens(self) -> int:
-        return self.scales.numel()
-
-    def to(self, device: torch.device | str) -> Self:
-        """The same batch with every tensor on `device`."""
-        moved: dict[str, Any] = {
-            field.name: value.to(device, non_blocking=True)
-            for field in fields(self)
-            if isinstance(value := getattr(self, field.name), Tensor)
-        }
-        merge = tuple(
-            MergeLevel(level.rows.to(device), level.finished.to(device)) for level in self.merge
-        )
-        return replace(self, merge=merge, **moved)
+    band_sets: list[BandSetArrays]
+    scales: np.ndarray
+    counts: np.ndarray
+    tile: np.ndarray
+    timestep: np.ndarray
+    timestamps: np.ndarray
 
 
-def pack(
-    frames: Frames,
-    frames_per_tile: np.ndarray,
-    timestep: np.ndarray,
-    tile_indices: np.ndarray,
-    grid: BaseGrid,
-) -> TokenBatch:
-    """A batch from the frames of some tiles, tile after tile.
+@dataclass
+class LabelArrays:
+    """Label rasters: `pixels` [F, C, y, x], `valid` [F, y, x]; `tile`, `timestep` int64 [F]."""
 
-    `frames_per_tile` int64 [B] says how many of the frames belong to each tile, `timestep` int64 [F]
-    which of its tile's timesteps each one is.
+    name: str
+    pixels: np.ndarray
+    valid: np.ndarray
+    tile: np.ndarray
+    timestep: np.ndarray
+    ignore_index: int | None
+
+
+@dataclass
+class TileArrays:
+    """Everything read of the tiles of a batch; what augments it changes it in place.
+
+    `tile_indices` int64 [B] are rows of the dataset. `labels` holds label rasters, or arrays [B, ...].
     """
-    tile_of_frame = np.repeat(np.arange(len(frames_per_tile)), frames_per_tile)
 
-    leaves_per_frame = np.array([scales.size for scales in frames.scales], np.int64)
-    leaves = np.concatenate([np.empty(0, np.uint8), *frames.scales])
-    frame_of_leaf = np.repeat(np.arange(len(frames.scales)), leaves_per_frame)
-    present = ~segments.is_missing(leaves)
-    lengths = segments.run_lengths(leaves)
-    # Every frame's leaves cover all its cells, so one running sum gives frame * cells + position.
-    cells = np.repeat(present, lengths)
-    cell_index = np.flatnonzero(cells)
-    start = (segments.starts(leaves) % grid.num_cells)[present]
+    tile_indices: np.ndarray
+    modalities: list[FrameArrays]
+    labels: dict[str, LabelArrays | np.ndarray] = field(default_factory=dict)
+    normalized: bool = False
+    skipped: tuple[str, ...] = ()
 
-    scales, frame_of_token = leaves[present], frame_of_leaf[present]
-    tokens_per_tile = np.bincount(tile_of_frame[frame_of_token], minlength=len(frames_per_tile))
-    positions = np.column_stack(
-        [grid.cell_yx[start], scales.astype(np.int32), timestep[frame_of_token].astype(np.int32)]
-    ).astype(np.int32)
-    merge, token_order = merge_plan(scales, grid.num_scales)
+
+@dataclass(frozen=True)
+class _Leaves:
+    """The leaves of a modality that become tokens, in frame and storage order; [n] each."""
+
+    scales: np.ndarray
+    yx: np.ndarray
+    frame: np.ndarray
+    tile: np.ndarray
+    timestep: np.ndarray
+
+
+def pack(read: TileArrays) -> TokenBatch:
+    """The batch of some tiles, in their order. Arrays of pixels are taken over, not copied."""
+    num_tiles = len(read.tile_indices)
+    leaves = [_present(frames) for frames in read.modalities]
+    groups = [
+        (m, b) for m, frames in enumerate(read.modalities) for b in range(len(frames.band_sets))
+    ]
+    per_group = [np.bincount(leaves[m].tile, minlength=num_tiles) for m, _ in groups]
+    tokens_per_tile = np.stack(per_group).sum(0)
+    num_tokens = int(tokens_per_tile.sum())
+    scales, frame = np.empty(num_tokens, np.uint8), np.empty(num_tokens, np.int64)
+    modality, band_set = np.empty(num_tokens, np.uint8), np.empty(num_tokens, np.uint8)
+    positions = np.empty((num_tokens, 4), np.int32)
+    for (m, b), at in zip(groups, _places(per_group, tokens_per_tile, leaves, groups), strict=True):
+        of = leaves[m]
+        scales[at], frame[at], modality[at], band_set[at] = of.scales, of.frame, m, b
+        positions[at, :2], positions[at, 2], positions[at, 3] = of.yx, of.scales, of.timestep
     return TokenBatch(
-        values=torch.from_numpy(_cells(frames.pixels, grid, cell_index)),
-        valid=torch.from_numpy(_cells(frames.valid[:, None], grid, cell_index)[:, 0]),
-        cell_index=torch.from_numpy(cell_index),
+        modalities=tuple(map(_modality, read.modalities, leaves)),
+        labels={name: _label(label) for name, label in read.labels.items()},
         scales=torch.from_numpy(scales),
         positions=torch.from_numpy(positions),
+        frame=torch.from_numpy(frame),
+        modality=torch.from_numpy(modality),
+        band_set=torch.from_numpy(band_set),
+        mask=torch.full((num_tokens,), ONLINE, dtype=torch.uint8),
         cu_seqlens=cumulative_lengths(torch.from_numpy(tokens_per_tile)),
         max_seqlen=int(tokens_per_tile.max(initial=0)),
-        merge=merge,
-        token_order=torch.from_numpy(token_order),
-        tile_indices=torch.from_numpy(np.asarray(tile_indices, np.int64)),
-        frame_timestep=torch.from_numpy(timestep),
-        grid=grid,
+        tile_indices=torch.from_numpy(np.asarray(read.tile_indices, np.int64)),
+        normalized=read.normalized,
+        skipped=read.skipped,
     )
 
 
-def cumulative_lengths(lengths: Tensor) -> Tensor:
-    """int32 [B + 1]: 0 and the running sum of `lengths` [B]."""
-    return torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+def _present(frames: FrameArrays) -> _Leaves:
+    keep = np.flatnonzero(~segments.is_missing(frames.scales))
+    frame = np.repeat(np.arange(len(frames.counts)), frames.counts)[keep]
+    # Every frame's leaves cover all its cells: one running sum serves all frames.
+    start = segments.starts(frames.scales)[keep] - frame * frames.grid.num_cells
+    return _Leaves(
+        scales=frames.scales[keep],
+        yx=frames.grid.cell_yx[start],
+        frame=frame,
+        tile=frames.tile[frame],
+        timestep=frames.timestep[frame],
+    )
 
 
-def merge_plan(scales: np.ndarray, num_scales: int) -> tuple[tuple[MergeLevel, ...], np.ndarray]:
-    """How rows of consecutive base cells become tokens, level by level.
+def _places(
+    per_group: Sequence[np.ndarray],
+    tokens_per_tile: np.ndarray,
+    leaves: Sequence[_Leaves],
+    groups: Sequence[tuple[int, int]],
+) -> list[np.ndarray]:
+    """Where the tokens of every group go, int64 [n] each: tile after tile, in a tile group after group."""
+    first_of_tile = np.cumsum(tokens_per_tile) - tokens_per_tile
+    before_in_tile = accumulate(per_group, initial=np.zeros_like(tokens_per_tile))
+    places = []
+    for (m, _), counts, before in zip(groups, per_group, before_in_tile, strict=False):
+        shift = first_of_tile + before - (np.cumsum(counts) - counts)
+        places.append(np.arange(len(leaves[m].tile)) + shift[leaves[m].tile])
+    return places
 
-    Returns one MergeLevel per scale (the last has no rows left to merge) and `token_order`
-    int64 [N]: finished rows of all levels one after another, indexed by it, are in token order.
-    """
-    scales = scales.astype(np.int64)
-    plan = []
-    for level in range(num_scales):
-        reaching = scales[scales >= level]
-        scale_of_row = np.repeat(reaching, 4 ** (reaching - level))
-        plan.append(
-            MergeLevel(
-                rows=torch.from_numpy(np.flatnonzero(scale_of_row > level)),
-                finished=torch.from_numpy(np.flatnonzero(scale_of_row == level)),
+
+def _modality(frames: FrameArrays, leaves: _Leaves) -> ModalityFrames:
+    per_scale = np.bincount(leaves.scales, minlength=frames.grid.num_scales)
+    return ModalityFrames(
+        name=frames.name,
+        grid=frames.grid,
+        band_sets=tuple(
+            BandSetPixels(
+                s.name,
+                s.bands,
+                torch.from_numpy(s.pixels),
+                torch.from_numpy(s.valid),
+                torch.from_numpy(s.band_present),
             )
-        )
-    by_level = np.argsort(scales, kind="stable")
-    return tuple(plan), np.argsort(by_level, kind="stable")
+            for s in frames.band_sets
+        ),
+        tile=torch.from_numpy(frames.tile),
+        timestep=torch.from_numpy(frames.timestep),
+        timestamps=torch.from_numpy(frames.timestamps),
+        tokens_per_scale=tuple(per_scale.tolist()),
+    )
 
 
-def _cells(frames: np.ndarray, grid: BaseGrid, cell_index: np.ndarray) -> np.ndarray:
-    """[M, channel, P, P]: the cells `cell_index` of frames [F, channel, y, x]."""
-    p = grid.base_patch_size
-    blocks = frames.reshape(len(frames), -1, grid.rows, p, grid.cols, p)
-    row_major = np.ascontiguousarray(blocks.transpose(0, 2, 4, 1, 3, 5))
-    flat = row_major.reshape(-1, frames.shape[1], p, p)
-    frame, position = np.divmod(cell_index, grid.num_cells)
-    return flat[frame * grid.num_cells + grid.storage_order[position]]
+def _label(label: LabelArrays | np.ndarray) -> LabelFrames | torch.Tensor:
+    if isinstance(label, np.ndarray):
+        return torch.from_numpy(label)
+    return LabelFrames(
+        label.name,
+        torch.from_numpy(label.pixels),
+        torch.from_numpy(label.valid),
+        torch.from_numpy(label.tile),
+        torch.from_numpy(label.timestep),
+        label.ignore_index,
+    )

@@ -20,15 +20,16 @@ from lightning.pytorch.callbacks import Callback
 from pydantic import Field, model_validator
 
 from model.attention import choose_attention
+from model.batch import TokenBatch
 from model.checkpoint import SafetensorsCheckpointIO, read_checkpoint
 from model.data import BatchOrder, BatchStream, TileDataset
 from model.encoder import CONFIG_FILE, APTEncoder, EncoderConfig, Size
 from model.objectives import MaskedPrediction, random_masking
-from model.packing import TokenBatch
 from pipeline.errors import StoreError
 from pipeline.scorers.config import Frozen
 from pipeline.settings.canonical import canonical_json
 from pipeline.storage.objects import Location
+from pipeline.store import open_store
 
 CHECKPOINT, LOSS_FILE, RUN_FILE, ENCODER = (
     "checkpoint.safetensors",
@@ -93,7 +94,7 @@ class Pretraining(pl.LightningModule):
     def transfer_batch_to_device(
         self, batch: TokenBatch, device: torch.device, dataloader_idx: int
     ) -> TokenBatch:
-        return batch.to(device)
+        return batch.to(device, non_blocking=True)
 
     def configure_optimizers(self) -> Any:
         trained = [p for p in self.parameters() if p.requires_grad]
@@ -167,11 +168,13 @@ def train(
     `observer` gets the steps done and the loss after every step. Raises StoreError if `out` holds
     something else, or a run of another configuration or other data.
     """
-    dataset = TileDataset(store, partition=config.partition)
+    opened = open_store(store)
+    modality = opened.tokenized[0]
+    dataset = TileDataset(opened, config.partition, {modality: [""]})
     if len(dataset) == 0:
         raise StoreError(f"{store}: the store has no tiles to train from")
-    encoder = EncoderConfig.for_store(dataset.store, dataset.modality, config.size)
-    _claim_folder(out, config, encoder, dataset.store.digest)
+    encoder = EncoderConfig.for_store(opened, modality, config.size)
+    _claim_folder(out, config, encoder, opened.digest)
     done = _steps_done(out)
     # A run that was killed between its last checkpoint and its export still lacks the encoder.
     if done < config.steps or not (out / ENCODER / CONFIG_FILE).exists():

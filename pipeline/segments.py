@@ -6,6 +6,9 @@ holds no valid pixel; it covers units but becomes no token. Run lengths, starts,
 descriptors are views computed from it, never stored.
 """
 
+from collections.abc import Callable
+from functools import lru_cache
+
 import numpy as np
 
 from pipeline.errors import IntegrityError
@@ -69,6 +72,38 @@ def check(scales: np.ndarray, grid: BaseGrid, name: str) -> None:
             f"{name}: {scales.size} leaves cover {int(lengths.sum())} cells where the frame has "
             f"{grid.num_cells}, or lie off their own grid; the store is damaged, preprocess it again"
         )
+
+
+def check_frames(
+    scales: np.ndarray, counts: np.ndarray, grid: BaseGrid, name: Callable[[int], str]
+) -> None:
+    """`check` of many frames at once: `scales` [leaf] frame after frame, `counts` int64 [frame].
+
+    `name(i)` names the frame in the message of the error.
+    """
+    lengths, misfits = _tables(grid.num_scales)
+    longest = int(lengths.max())
+    # Sums that wrap around would hide what is wrong.
+    total = np.int32 if scales.size * longest < 2**31 else np.int64
+    ends = np.cumsum(lengths.take(scales), dtype=total)
+    # A leaf that begins at a multiple of its length ends at one, and every frame has whole roots.
+    aligned = not np.bitwise_and(ends, misfits.take(scales)).any()
+    of_frames = np.diff(np.append(0, ends).take(np.append(0, np.cumsum(counts))))
+    if not aligned or (of_frames != grid.num_cells).any():
+        for i, leaves in enumerate(np.split(scales, np.cumsum(counts)[:-1])):
+            check(leaves, grid, name(i))
+        raise AssertionError("frames that are right one by one are right together")
+
+
+@lru_cache(maxsize=8)
+def _tables(num_scales: int) -> tuple[np.ndarray, np.ndarray]:
+    """int32 [byte]: by a leaf's byte its run length, and the bits that must be 0 where it ends."""
+    levels = np.arange(256) & int(SCALE_MASK)
+    known = levels < num_scales
+    lengths = np.where(known, 4 ** np.minimum(levels, num_scales), 1)
+    # No leaf of an unknown scale ends where all bits are 0.
+    misfits = np.where(known, lengths - 1, -1)
+    return lengths.astype(np.int32), misfits.astype(np.int32)
 
 
 def leaf_scores(scales: np.ndarray, grid: BaseGrid, score_maps: list[np.ndarray]) -> np.ndarray:

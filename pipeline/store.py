@@ -11,23 +11,22 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline import segments
 from pipeline.errors import IntegrityError, StoreError
 from pipeline.rules import DEFAULT_QUANTILE, WAYS
-from pipeline.storage.arrays import Arrays, values
+from pipeline.storage.arrays import Arrays
 from pipeline.storage.commit import MEND, Commit, read_commit, read_named, require_commit
 from pipeline.storage.header import check_version, layouts_of, read_header
-from pipeline.storage.history import History, read_history
+from pipeline.storage.history import History
 from pipeline.storage.layout import StoreLayout
 from pipeline.storage.objects import Location, Objects, objects_at
 from pipeline.storage.partitions import (
     DEFAULT_PARTITION,
     StoredPartition,
     is_partition_name,
-    partition_path,
-    partition_shards,
 )
+from pipeline.storage.rows import PartitionRows
 from pipeline.storage.tiles import Frames, FrameTable, Tile, expand
+from pipeline.storage.vouched import Vouched
 
 
 def open_store(location: Location, commit: int | None = None) -> "Store":
@@ -58,11 +57,13 @@ class Store:
         self.objects, self.location = objects, objects.location
         self.header = header
         self._commit = commit
-        self._checked_shards: set[tuple[str, str, int]] = set()
-        self._checked_arrays: set[str] = set()
+        self._vouched = Vouched(objects, commit)
         self._frame_tables: dict[str, FrameTable] = {}
-        self._row_tables: dict[tuple[str, str], tuple[np.ndarray, np.ndarray]] = {}
-        self._partition_shards: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
+        self._rows: dict[tuple[str, str], PartitionRows] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Another process opens what it reads itself.
+        return Store, (self.objects, self.header, self._commit)
 
     @property
     def commit(self) -> Commit:
@@ -82,7 +83,7 @@ class Store:
 
     @cached_property
     def _arrays(self) -> Arrays:
-        return Arrays(self.objects, self.layouts)
+        return Arrays(self.objects, self.layouts, self._vouched)
 
     @property
     def modalities(self) -> list[str]:
@@ -153,7 +154,7 @@ class Store:
             rule, thresholds = dict(entry["rule"]), entry["thresholds"]
             # A lost shard of counts would read as no tokens at all.
             every = np.arange(self.layouts[modality].num_shards)
-            self._check_partition_shards(modality, name, every)
+            self._vouched.check_shards(every, modality, name)
         tokens = self.per_frame(modality, f"partitions/{name}/tokens")
         fixed = None if thresholds is None else tuple(float(t) for t in thresholds)
         return StoredPartition(modality, name, rule, fixed, tokens)
@@ -163,7 +164,8 @@ class Store:
         if name not in self.partitions(modality):
             raise StoreError(
                 f"{self.location}: no partition {name!r}; there are "
-                f"{', '.join(self.partitions(modality))}. `aptile repartition` makes others"
+                f"{', '.join(self.partitions(modality))} for modality {modality}. `aptile repartition` "
+                "makes others"
             )
 
     def _partition_entries(self, modality: str) -> dict[str, Any]:
@@ -204,10 +206,7 @@ class Store:
         if layout.tokenized:
             read = self.read_frames(modality, slots, partition)
         else:
-            self.check_shards(slots // layout.shard_capacity)
-            read = Frames(
-                self._read(f"{modality}/pixels", slots), self._read(f"{modality}/valid", slots), []
-            )
+            read = Frames(*self._band_set(modality, "", slots), [])
         return Tile(
             id=self.manifest["id"][index].as_py(),
             pixels=read.pixels,
@@ -218,10 +217,7 @@ class Store:
             timesteps=timesteps,
             datetimes=self.manifest["datetimes"][index].as_py(),
             further={
-                band_set.name: (
-                    self._read(f"{modality}/pixels{band_set.suffix}", slots),
-                    self._read(f"{modality}/valid{band_set.suffix}", slots),
-                )
+                band_set.name: self._band_set(modality, band_set.suffix, slots)
                 for band_set in layout.band_sets[1:]
             },
         )
@@ -229,48 +225,66 @@ class Store:
     def read_score_maps(self, modality: str, frames: np.ndarray) -> list[np.ndarray]:
         """float32 [frame, cell_y, cell_x] of `frames` (int64 [n], any order), fine to coarse."""
         sizes = self.layouts[modality].grid.patch_sizes
-        pending = [self._arrays.pending(f"{modality}/score_{size}", frames) for size in sizes]
-        return [values(maps) for maps in pending]
+        return [self._read(f"{modality}/score_{size}", frames) for size in sizes]
 
     def read_frames(
         self, modality: str, frames: np.ndarray, partition: str = DEFAULT_PARTITION
     ) -> Frames:
-        """Pixels, validity and scales of `frames` (int64 [n], any order), read concurrently.
+        """Pixels, validity and scales of `frames` (int64 [n], any order).
 
         Raises StoreError if there is no such partition.
         """
-        layout = self.layouts[modality]
-        self.check_partition(modality, partition)
-        self.check_shards(frames // layout.shard_capacity)
-        if partition != DEFAULT_PARTITION:
-            self._check_partition_shards(modality, partition, frames // layout.shard_capacity)
-        pixels = self._arrays.pending(f"{modality}/pixels", frames)
-        valid = self._arrays.pending(f"{modality}/valid", frames)
-        scales_name = f"{partition_path(modality, partition)}/scales"
-        counts, row_starts = self._rows_of(modality, partition)
-        begins = row_starts[frames]
-        ends = begins + counts[frames]
-        rows = [
-            self._arrays.pending(scales_name, slice(b, e))
-            for b, e in zip(begins.tolist(), ends.tolist(), strict=True)
-        ]
-        scales = [values(row) for row in rows]
-        for frame, leaf_scales in zip(frames.tolist(), scales, strict=True):
-            segments.check(leaf_scales, layout.grid, f"{self.location}/{modality} frame {frame}")
-        return Frames(values(pixels), values(valid), scales)
+        scales, counts = self.read_scales(modality, frames, partition)
+        pixels, valid = self._band_set(modality, "", frames)
+        return Frames(
+            pixels, valid, np.split(scales, np.cumsum(counts)[:-1]) if len(counts) else []
+        )
+
+    def read_into(self, name: str, frames: np.ndarray, out: np.ndarray) -> None:
+        """Read frames of an array that has one chunk per frame, in place.
+
+        `name` is the array's path, such as `s2_l2a/pixels`, `s2_l2a/valid_20m` or `s2_l2a/score_8`;
+        `frames` int64 [n] are slots in any order; `out` [n, ...] has the array's type and lies in one
+        piece. Several threads may read at once: decoding does not hold the interpreter's lock.
+
+        Raises IntegrityError, which names the object, where one is lost, altered or another one,
+        StoreError where it cannot be read, ValueError if `out` does not fit, IndexError for no slot.
+        """
+        self._arrays.frames_into(name, frames, out)
+
+    def read_scales(
+        self, modality: str, frames: np.ndarray, partition: str = DEFAULT_PARTITION
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Leaves of `frames` (int64 [n], any order): uint8 [rows] frame after frame, counts int64 [n].
+
+        Raises StoreError if there is no such partition, IntegrityError where leaves do not tile a frame.
+        """
+        return self._rows_of(modality, partition).read(frames)
+
+    def will_read(self, name: str, frames: np.ndarray) -> None:
+        """A hint that `frames` of an array (a partition's `.../scales` too) are read soon.
+
+        Returns at once but for opening shards that are not open yet, and tells nothing of damage.
+        """
+        modality, _, inside = name.partition("/")
+        if inside.startswith("partitions/"):
+            self._rows_of(modality, inside.split("/")[1]).ask(frames)
+        else:
+            self._arrays.ask(name, frames)
 
     def per_frame(self, modality: str, name: str) -> np.ndarray:
         """The whole of a small array that has a few numbers per frame slot, such as `num_valid`.
 
         Raises IntegrityError if an object of it is lost or has another size.
         """
-        self._check_whole(modality, name)
-        return self._whole(f"{modality}/{name}")
+        array = f"{modality}/{name}"
+        self._vouched.check_array(array, self._arrays.spec(array))
+        return self._arrays.whole(array)
 
-    @cached_property
+    @property
     def history(self) -> History:
         """What became of every input and shard."""
-        return read_history(self.objects, self.commit)
+        return self._vouched.history
 
     def quarantined(self) -> dict[str, str]:
         """Reason by scene id of every input that is not in the store."""
@@ -279,69 +293,29 @@ class Store:
     def check_shards(self, shards: np.ndarray) -> None:
         """Raise IntegrityError if an object of these shards is lost or has another size.
 
-        A lost object would read as fill value; so every shard is looked at once before use.
+        Reads look at what they use; this looks at all of a shard, before a job begins.
         """
-        self._check_objects("", "", shards, self.history.shards)
+        self._vouched.check_shards(shards)
 
-    def _check_partition_shards(self, modality: str, name: str, shards: np.ndarray) -> None:
-        key = (modality, name)
-        if key not in self._partition_shards:
-            self._partition_shards[key] = partition_shards(self.objects, *key, self.commit)
-        missing = set(shards.tolist()) - self._partition_shards[key].keys()
-        if missing:
-            raise StoreError(
-                f"{self.location}: partition {name!r} of {modality} was made before {len(missing)} shards "
-                "were appended; run its `aptile repartition` command again to complete it"
-            )
-        self._check_objects(*key, shards, self._partition_shards[key])
-
-    def _check_whole(self, modality: str, name: str) -> None:
-        """Of the default partition, and of arrays beside partitions, the objects of one array."""
-        layout, array = self.layouts[modality], f"{modality}/{name}"
-        spec = layout.arrays().get(array)
-        if self._commit is None or spec is None or array in self._checked_arrays:
-            return
-        of_shards = {
-            f"{array}/{spec.shard_key(shard)}": row["objects"]
-            for shard, row in self.history.shards.items()
-        }
-        self._check_sizes({key: named.get(key) for key, named in of_shards.items()})
-        self._checked_arrays.add(array)
-
-    def _check_objects(
-        self, modality: str, name: str, shards: np.ndarray, rows: dict[int, dict[str, Any]]
-    ) -> None:
-        keys = {(modality, name, shard) for shard in shards.tolist()} - self._checked_shards
-        self._check_sizes(
-            {path: what for key in sorted(keys) for path, what in rows[key[2]]["objects"].items()}
+    def _band_set(
+        self, modality: str, suffix: str, frames: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Pixels and validity of some frames."""
+        return (
+            self._read(f"{modality}/pixels{suffix}", frames),
+            self._read(f"{modality}/valid{suffix}", frames),
         )
-        self._checked_shards |= keys
-
-    def _check_sizes(self, named: dict[str, dict[str, Any] | None]) -> None:
-        """What the ledger says of some objects, None where it names none, against what is there."""
-        sizes = self.objects.sizes(named)
-        for path, what in named.items():
-            size, said = sizes.get(path), None if what is None else what["bytes"]
-            if size != said:
-                raise IntegrityError(
-                    f"{self.location}/{path} is {'missing' if size is None else f'{size} bytes long'}; the "
-                    f"ledger says {'none' if said is None else f'{said} bytes'}: {MEND}"
-                )
 
     def _read(self, name: str, frames: np.ndarray) -> np.ndarray:
-        return values(self._arrays.pending(name, frames))
+        spec = self._arrays.spec(name)
+        out = np.empty((len(frames), *spec.shape[1:]), spec.dtype)
+        self._arrays.frames_into(name, frames, out)
+        return out
 
-    def _whole(self, name: str) -> np.ndarray:
-        return values(self._arrays.pending(name, slice(None)))
-
-    def _rows_of(self, modality: str, partition: str) -> tuple[np.ndarray, np.ndarray]:
-        """Leaf count and first row, int64 [frame], of every frame slot."""
+    def _rows_of(self, modality: str, partition: str) -> PartitionRows:
         key = (modality, partition)
-        if key not in self._row_tables:
+        if key not in self._rows:
+            self.check_partition(modality, partition)
             layout = self.layouts[modality]
-            whole = self._whole(f"{partition_path(*key)}/counts").astype(np.int64)
-            per_shard = whole.reshape(layout.num_shards, layout.shard_capacity)
-            within = np.cumsum(per_shard, axis=1) - per_shard
-            first = np.arange(layout.num_shards)[:, None] * layout.rows_per_shard
-            self._row_tables[key] = whole, (first + within).ravel()
-        return self._row_tables[key]
+            self._rows[key] = PartitionRows(self._arrays, self.location, layout, partition)
+        return self._rows[key]

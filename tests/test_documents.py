@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
+from model import Augmentation
 from model.training import TrainConfig
 from pipeline.grid import BaseGrid
 from pipeline.scorers.config import SCORER_CONFIGS
@@ -125,7 +126,7 @@ def settings(model: type[BaseModel], prefix: str = ""):
             yield f"{prefix}{name}", default, field.description
 
 
-@pytest.mark.parametrize("model", [PreprocessConfig, TrainConfig, *SCORER_CONFIGS])
+@pytest.mark.parametrize("model", [PreprocessConfig, TrainConfig, Augmentation, *SCORER_CONFIGS])
 def test_the_configuration_page_lists_every_setting(model):
     page = (ROOT / "docs" / "configuration.md").read_text()
     if model in SCORER_CONFIGS:

@@ -9,8 +9,9 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
+from model.batch import TokenBatch
 from model.encoder import APTEncoder, EncoderConfig
-from model.packing import TokenBatch, pack
+from model.packing import BandSetArrays, FrameArrays, TileArrays, pack
 from pipeline.grid import BaseGrid
 from pipeline.segments import MISSING_BIT
 from pipeline.storage.tiles import Frames
@@ -87,9 +88,23 @@ class Tiles:
         ]
 
     def pack(self) -> TokenBatch:
-        timesteps = np.array([timestep for _, timestep in self.tile_and_timestep])
-        tiles = np.arange(self.num_tiles)
-        return pack(self.frames, self.frames_per_tile, timesteps, tiles, self.grid)
+        return pack(TileArrays(np.arange(self.num_tiles), [self.arrays()]))
+
+    def arrays(self) -> FrameArrays:
+        """The frames as they are read from a store, of modality "image"."""
+        frames, owner = self.frames, np.array(self.tile_and_timestep, np.int64)
+        present = np.ones(frames.pixels.shape[:2], np.bool_)
+        bands = tuple(f"B{band}" for band in range(present.shape[1]))
+        return FrameArrays(
+            name="image",
+            grid=self.grid,
+            band_sets=[BandSetArrays("", bands, frames.pixels, frames.valid, present)],
+            scales=np.concatenate(frames.scales),
+            counts=np.array([len(scales) for scales in frames.scales]),
+            tile=owner[:, 0].copy(),
+            timestep=owner[:, 1].copy(),
+            timestamps=np.full((len(owner), 3), -1, np.int32),
+        )
 
     def select(self, tiles: Sequence[int]) -> Self:
         """The same tiles in another order, or some of them."""
@@ -179,6 +194,14 @@ def build_tiles(
     )
 
 
+def change_pixels(batch: TokenBatch, **changes: torch.Tensor) -> TokenBatch:
+    """A batch of one modality and band set with other `pixels`, `valid` or `band_present`."""
+    (frames,) = batch.modalities
+    (band_set,) = frames.band_sets
+    changed = replace(frames, band_sets=(replace(band_set, **changes),))
+    return replace(batch, modalities=(changed,))
+
+
 def build_encoder(base_patch_size: int = 2, seed: int = 0) -> APTEncoder:
     """A small encoder whose every weight has moved away from its initial value."""
     torch.manual_seed(seed)
@@ -210,6 +233,11 @@ def _one_thread() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def make_tiles() -> Callable[..., Tiles]:
     return build_tiles
+
+
+@pytest.fixture(scope="session")
+def with_pixels() -> Callable[..., TokenBatch]:
+    return change_pixels
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from model.attention import attention_per_sequence, choose_attention
-from model.packing import cumulative_lengths
+from model.batch import cumulative_lengths
 
 HEADS, HEAD_WIDTH = 2, 8
 

@@ -8,6 +8,7 @@ from concurrent.futures import Future
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -102,7 +103,7 @@ class ReadsAtOnce:
 
 
 def test_reading_ahead_is_bounded(monkeypatch):
-    monkeypatch.setattr("model.data.ThreadPoolExecutor", ReadsAtOnce)
+    monkeypatch.setattr("model.data.stream.ThreadPoolExecutor", ReadsAtOnce)
     recorder = Recorder()
     batches = iter(BatchStream(recorder, BatchOrder(10, 3, 0), 0, 1000))
     for taken in range(1, 50):
@@ -148,17 +149,18 @@ def test_a_batch_holds_the_tiles_asked_for_in_that_order(dataset):
 
 def test_batch_values_are_the_tiles_pixels_at_their_cells(dataset):
     chosen = [8, 2, 4]
-    batch, grid = dataset.batch(chosen), dataset.store.layouts[dataset.modality].grid
+    batch = dataset.batch(chosen)
+    grid, (values, valid) = batch.modalities[0].grid, batch.cells(0, 0)
     tiles, p = [dataset[i] for i in chosen], grid.base_patch_size
     rows_per_tile = Counter()
-    for row, index in enumerate(batch.cell_index.tolist()):
+    for row, index in enumerate(batch.cell_index(0).tolist()):
         frame, position = divmod(index, grid.num_cells)
         y, x = grid.cell_yx[position] * p
         window = np.s_[y : y + p, x : x + p]
         # Every tile of this store has one frame.
         tile = tiles[frame]
-        np.testing.assert_array_equal(batch.values[row].numpy(), tile.pixels[0][:, *window])
-        np.testing.assert_array_equal(batch.valid[row].numpy(), tile.valid[0][window])
+        np.testing.assert_array_equal(values[row].numpy(), tile.pixels[0][:, *window])
+        np.testing.assert_array_equal(valid[row].numpy(), tile.valid[0][window])
         rows_per_tile[frame] += 1
     covered = [segments.run_lengths(t.scales[0])[~segments.is_missing(t.scales[0])] for t in tiles]
     assert [rows_per_tile[i] for i in range(3)] == [lengths.sum() for lengths in covered]
@@ -166,8 +168,9 @@ def test_batch_values_are_the_tiles_pixels_at_their_cells(dataset):
 
 def test_every_valid_pixel_of_the_store_is_in_the_batch_of_all_tiles(dataset):
     batch = dataset.batch(range(len(dataset)))
-    assert int(batch.valid.sum()) == 300 * 300
-    sums = batch.values.numpy().astype(np.int64) * batch.valid.numpy()[:, None]
+    values, valid = batch.cells(0, 0)
+    assert int(valid.sum()) == 300 * 300
+    sums = values.numpy().astype(np.int64) * valid.numpy()[:, None]
     pixels = [np.where(tile.valid, tile.pixels[0].astype(np.int64), 0) for tile in dataset]
     assert sums.sum() == sum(tile.sum() for tile in pixels)
 
@@ -176,20 +179,20 @@ def test_a_stream_over_a_store_gives_its_batches(dataset):
     order = BatchOrder(len(dataset), 4, seed=1)
     for step, batch in enumerate(BatchStream(dataset, order, 0, 4)):
         expected = dataset.batch(order.tiles(step))
-        assert np.array_equal(batch.values.numpy(), expected.values.numpy())
+        assert torch.equal(batch.cells(0, 0)[0], expected.cells(0, 0)[0])
         assert batch.tile_indices.tolist() == order.tiles(step).tolist()
 
 
 def test_a_dataset_opens_a_path_or_takes_an_open_store(chip_store):
     store = open_store(chip_store)
     assert TileDataset(store).store is store
-    assert len(TileDataset(str(chip_store), store.modalities[0])) == 9
+    assert len(TileDataset(str(chip_store), modalities=store.modalities[0])) == 9
 
 
 def test_an_unknown_modality_is_refused_with_the_known_ones(chip_store):
     known = open_store(chip_store).modalities[0]
     with pytest.raises(ConfigError, match=f"no modality 'radar'.*{known}"):
-        TileDataset(chip_store, "radar")
+        TileDataset(chip_store, modalities="radar")
 
 
 def test_a_folder_that_is_no_store_is_refused(tmp_path):
@@ -205,7 +208,7 @@ for name in ("dask", "distributed", "rasterio", "numba", "shapely"):
 import model
 dataset = model.TileDataset(sys.argv[1])
 batch = dataset.batch([0, 8])
-encoder = model.APTEncoder(model.EncoderConfig.for_store(dataset.store, dataset.modality, "nano"))
+encoder = model.APTEncoder(model.EncoderConfig.for_store(dataset.store, "image", "nano"))
 tokens = encoder(batch)
 tokens.square().mean().backward()
 on_grid, covered = model.scatter_to_grid(tokens, batch)

@@ -85,12 +85,13 @@ def test_invalid_pixels_of_any_float_change_no_output_and_no_gradient(
 
 @settings(max_examples=60)
 @given(data=st.data(), junk=st.sampled_from([0.0, np.nan, np.inf]))
-def test_only_valid_pixels_have_a_gradient(data, junk, tilesets, make_encoder):
+def test_only_valid_pixels_have_a_gradient(data, junk, tilesets, make_encoder, with_pixels):
     tiles = data.draw(tilesets)
     batch = tiles.with_pixels(tiles.frames.pixels.astype(np.float32)).pack()
-    invalid = ~batch.valid[:, None].expand_as(batch.values)
-    values = batch.values.masked_fill(invalid, junk).requires_grad_()
-    out = make_encoder(tiles.grid.base_patch_size)(replace(batch, values=values))
+    (band_set,) = batch.modalities[0].band_sets
+    invalid = ~band_set.valid[:, None].expand_as(band_set.pixels)
+    values = band_set.pixels.masked_fill(invalid, junk).requires_grad_()
+    out = make_encoder(tiles.grid.base_patch_size)(with_pixels(batch, pixels=values))
     (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
     assert not values.grad[invalid].any()
     assert values.grad[~invalid].ne(0).float().mean() > 0.9 or not len(out)
@@ -145,7 +146,8 @@ def test_without_coarse_leaves_the_model_is_the_uniform_model(make_tiles, make_e
     batch = make_tiles(split_share=1.0, tiles=[(2, 0.0), (1, 0.3)]).pack()
     assert not batch.scales.any()
     encoder = make_encoder()
-    patches = encoder.embedding(encoder.normalization(batch.values, batch.valid), batch.valid)
+    values, valid = batch.cells(0, 0)
+    patches = encoder.embedding(encoder.normalization(values, valid[:, None]), valid)
     y, x, _, timestep = batch.positions.unbind(1)
     uniform = patches + encoder.encoding(y, x, timestep)
     assert torch.equal(encoder.tokens(batch), uniform)
@@ -204,7 +206,7 @@ def test_pixels_are_scaled_to_one_over_each_bands_range():
     values = torch.tensor([[0.0, 100.0], [5.0, 150.0], [10.0, 200.0], [10.0, 200.0]])
     valid = torch.tensor([True, True, True, False])
     scaled = PixelNormalization(((0.0, 10.0), (100.0, 200.0)))(
-        values[:, :, None, None], valid[:, None, None]
+        values[:, :, None, None], valid[:, None, None, None]
     )
     expected = [[-1.0, -1.0], [0.0, 0.0], [1.0, 1.0], [0.0, 0.0]]
     assert scaled[:, :, 0, 0].tolist() == expected

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
+from model.batch import cumulative_lengths
 from model.objectives import TARGET_WIDTH, MaskedPrediction, patch_discrimination, random_masking
-from model.packing import cumulative_lengths
+from model.upsample import scatter_to_grid
 
 
 @pytest.fixture
@@ -34,11 +35,13 @@ def with_lengths(batch, lengths):
     )
 
 
-def hidden_rows(batch, masking):
-    """bool [M]: base rows that belong to hidden tokens."""
-    hidden = torch.zeros(batch.num_tokens, dtype=torch.bool)
-    hidden[masking.hidden] = True
-    return hidden.repeat_interleave(4 ** batch.scales.long())
+def hidden_pixels(batch, masking):
+    """bool [F, y, x]: pixels below hidden tokens."""
+    hidden = torch.zeros(batch.num_tokens, 1)
+    hidden[masking.hidden] = 1
+    on_grid, _ = scatter_to_grid(hidden, batch)
+    p = batch.modalities[0].grid.base_patch_size
+    return on_grid[..., 0].bool().repeat_interleave(p, 1).repeat_interleave(p, 2)
 
 
 def targets_alike(n, seed=0):
@@ -133,26 +136,30 @@ def test_nothing_hidden_costs_nothing():
 
 @settings(max_examples=40)
 @given(data=st.data())
-def test_predictions_cannot_depend_on_the_pixels_to_predict(data, tilesets, make_encoder):
-    batch = data.draw(tilesets).pack()
+def test_predictions_cannot_depend_on_the_pixels_to_predict(
+    data, tilesets, make_encoder, with_pixels
+):
+    tiles = data.draw(tilesets)
+    batch = tiles.pack()
     torch.manual_seed(3)
-    objective = MaskedPrediction(make_encoder(batch.grid.base_patch_size))
+    objective = MaskedPrediction(make_encoder(tiles.grid.base_patch_size))
     masking = random_masking(batch, 0.5, (0, 0))
-    rows = hidden_rows(batch, masking)
-    values = torch.from_numpy(np.where(rows[:, None, None, None], 7, batch.values.numpy()))
-    changed = replace(batch, values=values, valid=batch.valid ^ rows[:, None, None])
+    hidden = hidden_pixels(batch, masking)
+    pixels = torch.from_numpy(np.where(hidden[:, None], np.uint16(7), tiles.frames.pixels))
+    valid = torch.from_numpy(tiles.frames.valid) ^ hidden
+    changed = with_pixels(batch, pixels=pixels, valid=valid)
     before, after = objective.predict(batch, masking), objective.predict(changed, masking)
     assert before.shape == (len(masking.hidden), TARGET_WIDTH)
     assert torch.equal(before, after)
 
 
-def test_predictions_depend_on_visible_pixels_and_on_no_hidden_ones(batch, objective):
+def test_predictions_depend_on_visible_pixels_and_on_no_hidden_ones(batch, objective, with_pixels):
     masking = random_masking(batch, 0.5, (0, 0))
-    values = torch.from_numpy(batch.values.numpy().astype(np.float32)).requires_grad_()
-    objective.predict(replace(batch, values=values), masking).square().sum().backward()
-    touched = values.grad.flatten(1).any(1)
-    has_valid_pixel = batch.valid.flatten(1).any(1)
-    assert torch.equal(touched, ~hidden_rows(batch, masking) & has_valid_pixel)
+    (band_set,) = batch.modalities[0].band_sets
+    pixels = band_set.pixels.float().requires_grad_()
+    objective.predict(with_pixels(batch, pixels=pixels), masking).square().sum().backward()
+    visible = band_set.valid & ~hidden_pixels(batch, masking)
+    assert torch.equal(pixels.grad.any(1), visible)
 
 
 def test_the_predictor_is_told_the_centre_of_every_leaf(make_tiles, objective):

@@ -274,7 +274,7 @@ def test_a_step_in_mixed_precision_is_finite_and_near_the_full_one(chip_store):
     dataset = TileDataset(chip_store)
     batch = dataset.batch([0, 1, 2])
     torch.manual_seed(0)
-    config = EncoderConfig.for_store(dataset.store, dataset.modality, "nano")
+    config = EncoderConfig.for_store(dataset.store, dataset.store.modalities[0], "nano")
     objective = MaskedPrediction(APTEncoder(config))
     masking = random_masking(batch, 0.5, (0, 1))
     full = objective(batch, masking).detach()

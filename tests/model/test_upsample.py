@@ -53,5 +53,5 @@ def test_a_token_gets_one_gradient_per_cell_it_covers(make_tiles):
     batch = make_tiles().pack()
     tokens = token_numbers(batch).requires_grad_()
     scatter_to_grid(tokens, batch)[0].sum().backward()
-    assert torch.equal(tokens.grad[:, 0], run_lengths(batch).float())
-    assert run_lengths(batch).tolist() == [4**s for s in batch.scales.tolist()]
+    assert torch.equal(tokens.grad[:, 0], run_lengths(batch.scales).float())
+    assert run_lengths(batch.scales).tolist() == [4**s for s in batch.scales.tolist()]

@@ -8,70 +8,16 @@ import pytest
 import rasterio
 import xarray as xr
 import yaml
-from affine import Affine
 
 from model import TileDataset
 from pipeline import open_store, segments
 from pipeline.jobs.job import run_job
 from pipeline.settings.config import PreprocessConfig
 from pipeline.settings.loading import load_config
+from sentinels import CONFIG, DATES, PLACES, make_archive
 from support import Watching, aptile, assert_same_bytes, save_scene, textured
 
 pytestmark = pytest.mark.usefixtures("kept_workers")
-
-CONFIG = """
-modalities:
-  s2:
-    source: s2
-    pattern: "{tile}_{date}_{band}.tif"
-    bands: [B02, B03, B05, B09]
-    band_sets: {10m: [B02, B03], 20m: [B05], 60m: [B09]}
-    value_range: [0, 10000]
-    scoring: {bands: [B02, B03]}
-  s1:
-    source: s1
-    pattern: "{tile}_{date}.tif"
-    bands: [VV, VH]
-    value_range: [-30, 0]
-  dem: {source: dem, pattern: "{tile}.tif", static: true, adaptive: false, partition: {base_patch_size: 8}}
-  classes: {source: classes, pattern: "{tile}.tif", kind: label, ignore_index: 255, bands: [class]}
-store: {tile_size_px: 96, shard_tiles: 2}
-partition: {thresholds: [1.5, 2.5]}
-"""
-DATES = ("20200101", "20200106", "20200111")
-# Rows and columns of a place at 10 m: neither is a whole number of tiles.
-PLACES = {"north": (150, 210, 5_000_000), "south": (96, 96, 4_000_000)}
-
-
-def transform(top, metres):
-    return Affine(metres, 0, 500_000, 0, -metres, top)
-
-
-def make_archive(folder):
-    """Two places. Sentinel-2 has three dates, but `north` lacks the second; Sentinel-1 has the second only;
-    the elevation model is 20 m; labels exist in the south only."""
-    for number, (place, (height, width, top)) in enumerate(PLACES.items()):
-        for index, date in enumerate(DATES):
-            seed = 10 * number + index
-            if (place, index) != ("north", 1):
-                for band, metres in (("B02", 10), ("B03", 10), ("B05", 20), ("B09", 60)):
-                    shape = (1, -(-height * 10 // metres), -(-width * 10 // metres))
-                    pixels = textured(shape, seed + metres)
-                    pixels[:, :20, :30] = 0
-                    path = folder / "s2" / f"{place}_{date}_{band}.tif"
-                    save_scene(path, pixels, nodata=0, transform=transform(top, metres))
-        backscatter = np.random.default_rng(number).normal(-15, 4, (2, height, width))
-        path = folder / "s1" / f"{place}_{DATES[1]}.tif"
-        save_scene(path, backscatter, transform=transform(top, 10), interleave="band")
-        elevation = (
-            np.arange(height * width // 4).reshape(1, height // 2, width // 2).astype("int16")
-        )
-        save_scene(folder / "dem" / f"{place}.tif", elevation, transform=transform(top, 20))
-    classes = np.full((1, 96, 96), 255, np.uint8)
-    classes[:, 10:50] = 3
-    path = folder / "classes" / "south.tif"
-    save_scene(path, classes, transform=transform(4_000_000, 10), nodata=255)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -194,13 +140,13 @@ def test_xarray_opens_every_resolution_side_by_side(store):
 
 @pytest.mark.parametrize("modality", ["s2", "s1", "dem"])
 def test_a_dataset_packs_the_frames_there_are(store, modality):
-    dataset = TileDataset(store, modality)
+    dataset = TileDataset(store, modalities={modality: [""]})
     batch = dataset.batch(np.arange(len(dataset)))
     tokens = [sum(row[modality]["tokens"]) for row in store.manifest.to_pylist()]
     assert batch.cu_seqlens.diff().tolist() == tokens
     steps = [t for row in store.manifest.to_pylist()
              for t, slot in enumerate(row[modality]["frames"]) if slot is not None]  # fmt: skip
-    assert batch.frame_timestep.tolist() == steps
+    assert batch.modalities[0].timestep.tolist() == steps
 
 
 def test_the_bytes_do_not_depend_on_workers_or_interruptions(archive, settings, store, tmp_path):
