@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from functools import cache
+from functools import cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,7 @@ LIMIT_US_PER_TILE = 2.0
 LIMIT_RERUN_S = 1.0
 # Runs of a finished job, of which the shortest counts.
 REPEATS = 5
+QUICK_SHARDS = 16
 BANDS = ("B01", "B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B09", "B11", "B12")
 TILE_PX = 128
 # Rows and columns of tiles in every scene.
@@ -286,6 +287,7 @@ def finished(num_shards: int) -> list[Row]:
             "partition.num_scales=1", "modality.value_range=[0, 1]",
         ]  # fmt: skip
         config = load_config(PreprocessConfig, None, command)
+        shortest = partial(best_seconds, repeats=1 if num_shards == QUICK_SHARDS else REPEATS)
         watch, what = Stopwatch(), f"{num_shards:,} scenes of {side * side} tiles in as many shards"
         with watch.of("first run, nothing read or written but the ledger"):
             _make(archive, store, config)
@@ -296,11 +298,11 @@ def finished(num_shards: int) -> list[Row]:
         def again() -> None:
             assert jobs.run_job(str(archive), store, config, Silent()).shards_written == 0
 
-        rows.append(_row(what, "run_job again", tiles, _shortest(again), LIMIT_RERUN_S))
-        rows.append(_row(what, "open_store", tiles, _shortest(lambda: open_store(store))))
-        rows.append(_row(what, "its history", tiles, _shortest(lambda: open_store(store).history)))
+        rows.append(_row(what, "run_job again", tiles, shortest(again), LIMIT_RERUN_S))
+        rows.append(_row(what, "open_store", tiles, shortest(lambda: open_store(store))))
+        rows.append(_row(what, "its history", tiles, shortest(lambda: open_store(store).history)))
         script = [sys.executable, "-c", "import workflows.preprocess"]
-        rows.append(_row(what, "imports of the command", tiles, _shortest(lambda: _call(script))))
+        rows.append(_row(what, "imports of the command", tiles, shortest(lambda: _call(script))))
         sets = [part for setting in command for part in ("--set", setting)]
         script = [
             sys.executable,
@@ -311,7 +313,7 @@ def finished(num_shards: int) -> list[Row]:
             str(store),
             *sets,
         ]
-        rows.append(_row(what, "aptile preprocess again", tiles, _shortest(lambda: _call(script))))
+        rows.append(_row(what, "aptile preprocess again", tiles, shortest(lambda: _call(script))))
         after = {path: path.stat().st_mtime_ns for path in store.rglob("*")}
         rewritten = len(dict(before.items() ^ after.items()))
         return [*rows, {"job": what, "step": "files rewritten by all of these", "found": rewritten}]
@@ -341,10 +343,6 @@ def _write_archive(folder: Path, number: int) -> int:
     return side
 
 
-def _shortest(call: Callable[[], Any]) -> float:
-    return best_seconds(call, REPEATS)
-
-
 def _call(command: list[str]) -> None:
     subprocess.run(command, check=True, capture_output=True)  # noqa: S603 (this very script's)
 
@@ -354,7 +352,7 @@ def main() -> None:
     rows: list[Row] = []
     for step, number in (
         (on_paper, 2_000 if args.quick else 1_000_000),
-        (finished, 16 if args.quick else 10_000),
+        (finished, QUICK_SHARDS if args.quick else 10_000),
     ):
         with ProcessPoolExecutor(1, get_context("spawn")) as pool:
             rows += pool.submit(step, number).result()

@@ -1,17 +1,27 @@
-"""An S3-compatible server on loopback (moto) whose conditional writes are atomic, as a real one's are."""
+"""An S3-compatible server on loopback (moto) whose conditional writes are atomic, as a real one's are, and
+a bucket of it whose answers fail as they are told."""
 
+import http.client
 import logging
 import threading
 import urllib.request
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from urllib.parse import urlsplit
 
+import obstore
+import pytest
 from moto.moto_server.werkzeug_app import (
     DomainDispatcherApplication,
     MotoRequestHandler,
     create_backend_app,
 )
+from obstore.store import from_url
 from werkzeug.serving import make_server
+
+from faulty_proxy import faulty_proxy
 
 BUCKET = "scenes"
 CREDENTIALS = {
@@ -51,11 +61,48 @@ def bucket_server() -> Iterator[tuple[str, int]]:
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     host, port = server.server_address[:2]
-    make = urllib.request.Request(f"http://{host}:{port}/{BUCKET}", method="PUT")
-    urllib.request.urlopen(make).close()  # noqa: S310
+    # What other servers of this process held is still there.
+    for method, path in (("POST", "moto-api/reset"), ("PUT", BUCKET)):
+        asked = urllib.request.Request(f"http://{host}:{port}/{path}", method=method)
+        urllib.request.urlopen(asked).close()  # noqa: S310
     try:
         yield str(host), int(port)
     finally:
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+@dataclass
+class Bucket:
+    """A bucket behind a proxy. The first two answers to every request to read have the `fault`, with
+    `always` all of them."""
+
+    url: str = f"s3://{BUCKET}"
+    fault: str | None = None
+    always: bool = False
+    injected: Counter[str] = field(default_factory=Counter)
+    seen: Counter[tuple[str, str | None]] = field(default_factory=Counter)
+
+    def put(self, key: str, content: bytes) -> None:
+        obstore.put(from_url(self.url, client_options={"allow_http": True}), key, content)
+
+    def choose(self, method: str, path: str, headers: http.client.HTTPMessage) -> str | None:
+        request = urlsplit(path).path, headers.get("Range")
+        self.seen[request] += 1
+        if method not in ("GET", "HEAD") or not (self.always or self.seen[request] <= 2):
+            return None
+        if self.fault is not None:
+            self.injected[self.fault] += 1
+        return self.fault
+
+
+@contextmanager
+def faulty_bucket(patch: pytest.MonkeyPatch) -> Iterator[Bucket]:
+    """An empty bucket that the environment leads to."""
+    bucket = Bucket()
+    with bucket_server() as address, faulty_proxy(address, bucket.choose) as proxy:
+        patch.setenv("AWS_ENDPOINT_URL", "http://{}:{}".format(*proxy.server_address))
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION"):
+            patch.setenv(name, CREDENTIALS[name])
+        yield bucket

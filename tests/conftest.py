@@ -1,9 +1,12 @@
 """Fixtures shared by all tests: archives real and synthetic, stores made by the command line."""
 
+import contextlib
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -29,6 +32,23 @@ def _workers_stay_what_they_are() -> Iterator[None]:
     yield
     batch, engine = (sys.modules.get(f"pipeline.jobs.{name}") for name in ("batch", "engine"))
     assert batch is None or batch.run_tasks is engine.run_tasks
+
+
+@pytest.fixture(scope="session")
+def _workers() -> Iterator[Any]:
+    # Dask sets up logging as it is imported, and must find that pytest has done so.
+    from kept_workers import KeptWorkers
+
+    with contextlib.closing(KeptWorkers()) as kept:
+        yield kept
+
+
+@pytest.fixture(scope="module")
+def kept_workers(_workers: Any) -> Iterator[None]:
+    """Local jobs of a module that uses this share their worker processes, one job after the other."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipeline.jobs.clients._local", _workers.local)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -62,6 +82,16 @@ def chip_store(chip_archive: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     store = tmp_path_factory.mktemp("store") / "chip"
     assert aptile("preprocess", chip_archive, store, "--workers", 1) == 0
     return store
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder that `aptile demo` made, and what it said; a minute's work, so do not change it."""
+    folder = tmp_path_factory.mktemp("demo") / "demo"
+    command = [sys.executable, "-m", "workflows.cli", "demo", folder]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout
 
 
 WriteScene = Callable[..., Path]

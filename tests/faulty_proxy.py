@@ -15,7 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 SLOW_DOWN = (
     b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
 )
-REFUSALS = {"slow_down": 503, "server_error": 500}
+REFUSALS = {"slow_down": 503, "server_error": 500, "too_many": 429}
 # Faults before the server hears of a request, after it did, and in what it answers.
 FAULTS = (
     "slow_down",
@@ -29,6 +29,8 @@ FAULTS = (
     "short_length",
     "other_etag",
 )
+# Those that a client which only reads may meet at every request.
+READ_FAULTS = ("server_error", "slow_down", "too_many", "reset_before", "short_body")
 _SLOW_S = 0.05
 
 

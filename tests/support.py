@@ -158,3 +158,10 @@ def header(
     planes = tuple(Plane(band, number) for number, band in enumerate(bands))
     asset = Asset(f"/{name}.tif", "raster", grid, dtype, planes, block, "1-1")
     return Scene(name, modality, (asset,), **facts)
+
+
+def flip(path: Path, at: int, bits: int) -> None:
+    """Change bits of one byte of a file."""
+    content = bytearray(path.read_bytes())
+    content[at] ^= bits
+    path.write_bytes(content)

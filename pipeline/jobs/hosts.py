@@ -29,7 +29,7 @@ def check_workers(client: Client, store: str | None, reads: Sequence[str]) -> No
     """
     paths = local_paths(reads)
     with _marked(store) as mark:
-        answers = client.run(_seen_here, [*mark, *paths], on_error="return")
+        answers = client.run(_seen_here, [*mark, *paths], _SEEN_WITHIN_S, on_error="return")
     here = _versions()
     problems = {
         worker: problem
@@ -74,9 +74,9 @@ def _problem(
     return f"does not see {unseen[0]}; {_SHARE_IT}"
 
 
-async def _seen_here(paths: list[str]) -> tuple[dict[str, str | None], list[str]]:
+async def _seen_here(paths: list[str], within_s: float) -> tuple[dict[str, str | None], list[str]]:
     """Versions in this process, and the paths that do not appear here."""
-    for _ in range(round(_SEEN_WITHIN_S / _LOOK_EVERY_S)):
+    for _ in range(round(within_s / _LOOK_EVERY_S)):
         if all(Path(path).exists() for path in paths):
             break
         await asyncio.sleep(_LOOK_EVERY_S)

@@ -1,7 +1,9 @@
-"""The picture whose scores are known by hand."""
+"""The picture whose scores are known by hand, and a bucket."""
 
 import numpy as np
 import pytest
+
+from bucket_server import BUCKET, CREDENTIALS, bucket_server
 
 
 @pytest.fixture(scope="session")
@@ -16,3 +18,18 @@ def golden_image() -> np.ndarray:
         image[c, :32, 32:] = (x / n)[:32, 32:]
         image[c, 32:, :32] = (((x // 4 + y // 4) % 2) * 0.6 + 0.1)[32:, :32]
     return image
+
+
+@pytest.fixture(scope="module")
+def server():
+    with bucket_server() as address:
+        yield address
+
+
+@pytest.fixture
+def bucket(server, monkeypatch):
+    """Clients find the server as they would any other: by the environment."""
+    for name, value in CREDENTIALS.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://{}:{}".format(*server))
+    return f"s3://{BUCKET}"

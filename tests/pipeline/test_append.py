@@ -16,6 +16,8 @@ from pipeline.settings.loading import load_config
 from pipeline.settings.run import RunConfig
 from support import Watching, aptile, assert_same_bytes, files, save_scene, textured
 
+pytestmark = pytest.mark.usefixtures("kept_workers")
+
 SETTINGS = (
     "store.tile_size_px=32",
     "store.shard_tiles=4",

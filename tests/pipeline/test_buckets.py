@@ -1,15 +1,12 @@
 import subprocess
 import sys
-import threading
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 from distributed import LocalCluster
 
-from bucket_server import BUCKET, CREDENTIALS, bucket_server
 from faulty_proxy import FAULTS, at_random, faulty_proxy
 from model.data import TileDataset
 from pipeline import open_store
@@ -31,7 +28,7 @@ from pipeline.storage.commit import (
     read_commit,
     write_commit,
 )
-from pipeline.storage.lock import LOCK, exclusive
+from pipeline.storage.lock import LOCK
 from pipeline.storage.objects import LocalObjects, objects_at
 from support import Watching, aptile, assert_same_bytes, files, save_scene, textured
 
@@ -42,21 +39,6 @@ SMALL = (
     "partition.thresholds=[1.5, 2.5]",
 )
 RUN = RunConfig(workers=1)
-
-
-@pytest.fixture(scope="module")
-def server():
-    with bucket_server() as address:
-        yield address
-
-
-@pytest.fixture
-def bucket(server, monkeypatch):
-    """Clients find the server as they would any other: by the environment."""
-    for name, value in CREDENTIALS.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://{}:{}".format(*server))
-    return f"s3://{BUCKET}"
 
 
 @pytest.fixture(scope="module")
@@ -222,24 +204,6 @@ def test_what_is_lost_or_altered_is_no_fill_value(bucket, local):
     assert sizes == {path: LocalObjects(local).size(path) for path in many if path != name}
 
 
-def test_rows_of_another_state_of_a_log_do_not_count(bucket):
-    there = objects_at(f"{bucket}/rows")
-    there.write("log.jsonl", b"one\n")
-    there.append("log.jsonl", b"two\n")
-    late = objects_at(f"{bucket}/rows")
-    assert late.lines("log.jsonl") == b"one\ntwo\n"
-    there.write("log.jsonl", b"one\ntwo\n")
-    assert sorted(there.names()) == ["log.jsonl"]
-    # As from a writer that has lost its lock, and does not know yet.
-    late.append("log.jsonl", b"three\n")
-    assert there.lines("log.jsonl") == b"one\ntwo\n"
-    there.append("log.jsonl", b"four\n")
-    (row,) = (n for n in there.names("log.jsonl.rows") if there.read(n) == b"four\n")
-    there.write(row, b"altered\n")
-    with pytest.raises(IntegrityError, match=rf"{row} does not hold what was written"):
-        there.lines("log.jsonl")
-
-
 # --- places ---
 
 
@@ -305,55 +269,6 @@ def test_something_else_at_the_prefix_is_left_alone(bucket, archive, workers):
 
 
 # --- one writer ---
-
-
-@pytest.mark.parametrize("start", [None, b"before"])
-def test_of_writers_at_once_exactly_one_wins(bucket, start):
-    rounds, writers, winners = 50, 4, Counter()
-
-    def attempt(place: BucketObjects, number: int, barrier: threading.Barrier) -> int | None:
-        barrier.wait()
-        try:
-            place.swap("COMMIT.json", f"by {number}".encode(), start)
-        except LockedError:
-            return None
-        return number
-
-    with ThreadPoolExecutor(writers) as pool:
-        for turn in range(rounds):
-            places = [BucketObjects(f"{bucket}/race/{start}/{turn}") for _ in range(writers)]
-            if start is not None:
-                places[0].write("COMMIT.json", start)
-            barrier = threading.Barrier(writers)
-            made = [pool.submit(attempt, p, n, barrier) for n, p in enumerate(places)]
-            won = [number for future in made if (number := future.result()) is not None]
-            assert len(won) == 1
-            assert places[0].read("COMMIT.json") == f"by {won[0]}".encode()
-            winners[won[0]] += 1
-    print(f"{rounds} rounds of {writers} writers: one winner each, {dict(winners)}")
-
-
-def test_of_holders_at_once_exactly_one_has_the_lock(bucket):
-    rounds, held = 20, 0
-    with ThreadPoolExecutor(3) as pool:
-        for turn in range(rounds):
-            there = objects_at(f"{bucket}/lock-race/{turn}")
-            barrier = threading.Barrier(3)
-
-            def attempt(place=there, barrier=barrier) -> bool:
-                barrier.wait()
-                try:
-                    with exclusive(place):
-                        barrier.wait()
-                except LockedError:
-                    barrier.wait()
-                    return False
-                return True
-
-            won = [future.result() for future in [pool.submit(attempt) for _ in range(3)]]
-            assert sum(won) == 1
-            held += 1
-    print(f"{held} of {rounds} rounds of 3 holders: one had the lock, two were refused")
 
 
 def test_a_commit_made_too_late_changes_nothing(bucket, local, tmp_path):
@@ -432,47 +347,3 @@ def test_faults_on_the_way_change_no_byte(server, bucket, archive, workers, loca
     assert_same_objects(local, url)
     assert read["equal"] > 0
     print(f"requests {counts}; runs that stopped {dict(ended)}; tiles read {dict(read)}")
-
-
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_conditional_write_that_meets_a_fault_once_is_made_once(
-    server, bucket, monkeypatch, fault
-):
-    fates = Counter()
-    for seen in (None, b"before"):
-        for method in ("PUT", "GET"):
-            left = [fault]
-
-            def once(asked, *_, method=method, left=left):
-                return left.pop() if asked == method and left else None
-
-            with faulty_proxy(server, once) as proxy:
-                monkeypatch.setenv("AWS_ENDPOINT_URL", "http://{}:{}".format(*server))
-                place = objects_at(f"{bucket}/once/{fault}/{method}/{seen}")
-                if seen is not None:
-                    place.write("COMMIT.json", seen)
-                monkeypatch.setenv("AWS_ENDPOINT_URL", "http://{}:{}".format(*proxy.server_address))
-                through = objects_at(place.location)
-                try:
-                    through.swap("COMMIT.json", b"after", seen)
-                    fates["made"] += 1
-                    assert place.read("COMMIT.json") == b"after"
-                except LockedError:
-                    # Only where the answer itself was made up.
-                    fates["refused"] += 1
-                    assert (fault, method, seen) == ("short_length", "GET", b"before")
-                    assert place.read("COMMIT.json") == seen
-                assert left == []
-    print(f"{fault}: {dict(fates)}")
-    assert fates["made"] >= 3
-
-
-def test_a_server_that_stays_away_is_named(bucket, monkeypatch):
-    with bucket_server() as gone:
-        pass
-    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://{}:{}".format(*gone))
-    quick = lock._lock_of(objects_at(f"{bucket}/away"))
-    with pytest.raises(
-        StoreError, match=r"s3://scenes/away: cannot read .lock: .*then run the same"
-    ):
-        quick.take()

@@ -14,6 +14,8 @@ from pipeline.settings.loading import load_config
 from stac_catalogues import item_of, write_collection, write_parquet, write_rasters
 from support import Watching, save_scene, textured
 
+pytestmark = pytest.mark.usefixtures("kept_workers")
+
 SECTIONS = {
     "modality": {"name": "s2", "bands": ["B02", "B03"], "value_range": [0, 10_000]},
     "store": {"tile_size_px": 16},

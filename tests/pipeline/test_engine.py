@@ -8,6 +8,7 @@ import pytest
 from distributed import LocalCluster
 
 from pipeline.errors import ConfigError, StoreError
+from pipeline.jobs import clients
 from pipeline.jobs.alone import Solitary, StoppedError
 from pipeline.jobs.engine import run_tasks
 from pipeline.jobs.retries import Death
@@ -84,7 +85,8 @@ def test_a_task_without_scenes_that_runs_out_of_memory_alone_too_ends_the_job_wi
         results(hungry, 2, cluster, Watching())
 
 
-def test_a_scheduler_that_goes_away_ends_the_job_in_words():
+def test_a_scheduler_that_goes_away_ends_the_job_in_words(monkeypatch):
+    monkeypatch.setattr(clients, "_CONNECT_S", 2)
     with scheduler(1) as cluster:
 
         class Closing(Watching):

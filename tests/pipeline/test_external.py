@@ -10,6 +10,8 @@ from pipeline.settings.config import PreprocessConfig
 from pipeline.settings.loading import load_config
 from support import Watching, save_scene, textured
 
+pytestmark = pytest.mark.usefixtures("kept_workers")
+
 
 def settings(folder, *overrides):
     return load_config(

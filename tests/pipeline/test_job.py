@@ -14,11 +14,14 @@ from distributed import LocalCluster
 
 from pipeline import open_store, partition_image, segments
 from pipeline.errors import ArchiveError, StoreError
+from pipeline.jobs import clients
 from pipeline.jobs.job import run_job
 from pipeline.settings.config import PreprocessConfig
 from pipeline.settings.loading import load_config
 from pipeline.storage.ledger import ledger_name
 from support import Watching, aptile, assert_same_bytes, files, save_scene, textured
+
+pytestmark = pytest.mark.usefixtures("kept_workers")
 
 SMALL = (
     "store.tile_size_px=32",
@@ -121,7 +124,10 @@ def test_a_running_scheduler_is_used_and_gives_the_same_bytes(archive, store, tm
     assert_same_bytes(store, tmp_path / "there")
 
 
-def test_a_scheduler_that_does_not_answer_is_named_and_nothing_is_lost(archive, store, tmp_path):
+def test_a_scheduler_that_does_not_answer_is_named_and_nothing_is_lost(
+    archive, store, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(clients, "_CONNECT_S", 1)
     config = settings("run.workers=null", "run.scheduler=tcp://127.0.0.1:9")
     with pytest.raises(StoreError, match="127.0.0.1:9: no Dask scheduler answers there"):
         run_job(str(archive), tmp_path / "late", config, Watching())

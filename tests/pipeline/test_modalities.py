@@ -17,6 +17,8 @@ from pipeline.settings.loading import load_config
 from sentinels import CONFIG, DATES, PLACES, make_archive
 from support import Watching, aptile, assert_same_bytes, save_scene, textured
 
+pytestmark = pytest.mark.usefixtures("kept_workers")
+
 
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory):

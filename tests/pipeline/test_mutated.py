@@ -23,6 +23,8 @@ from pipeline.settings.loading import load_config
 from stac_catalogues import item_of
 from support import Watching, header, save_scene, textured
 
+pytestmark = pytest.mark.usefixtures("kept_workers")
+
 SIDE = 96
 LAYOUTS = {
     "raw": {},

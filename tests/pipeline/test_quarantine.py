@@ -4,6 +4,8 @@ from pipeline.errors import EXIT_QUARANTINED
 from pipeline.jobs.quarantine import QuarantineError, QuarantineLimit, allowed
 from support import aptile, save_scene, textured
 
+pytestmark = pytest.mark.usefixtures("kept_workers")
+
 
 @pytest.mark.parametrize(
     ("limit", "inputs", "most"),

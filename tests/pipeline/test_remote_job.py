@@ -13,6 +13,8 @@ from pipeline.settings.loading import load_config
 from stac_catalogues import item_of, write_collection, write_rasters
 from support import Watching
 
+pytestmark = pytest.mark.usefixtures("kept_workers")
+
 NAMES = ("a", "b", "c")
 
 

@@ -14,6 +14,8 @@ from pipeline.storage.mending import Remade
 from pipeline.storage.objects import LocalObjects, entry
 from support import Watching, aptile, assert_same_bytes, files, save_scene, textured
 
+pytestmark = pytest.mark.usefixtures("kept_workers")
+
 LEAN = "image/partitions/lean/"
 SHARDS = (
     "image/pixels/c/0/0/0/0",

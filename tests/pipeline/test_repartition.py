@@ -32,6 +32,8 @@ from support import (
     textured,
 )
 
+pytestmark = pytest.mark.usefixtures("kept_workers")
+
 SCORING = {"base_patch_size": 4, "num_scales": 3, "value_range": (0, 10_000)}
 
 

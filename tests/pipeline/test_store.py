@@ -9,6 +9,8 @@ from pipeline import open_store, segments
 from pipeline.errors import IntegrityError, StoreError
 from support import reseal
 
+pytestmark = pytest.mark.usefixtures("kept_workers")
+
 SET = {"name": "", "bands": ["b"], "dtype": "uint16", "tile_size_px": 128}
 
 

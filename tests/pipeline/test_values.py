@@ -16,6 +16,8 @@ from support import Watching, save_scene, textured
 
 TILE = {"store": {"tile_size_px": 64}, "run": {"workers": 1}}
 
+pytestmark = pytest.mark.usefixtures("kept_workers")
+
 
 @pytest.fixture
 def preprocess(tmp_path):

@@ -11,6 +11,8 @@ import pytest
 
 from support import aptile, save_scene, textured
 
+pytestmark = pytest.mark.usefixtures("kept_workers")
+
 
 @pytest.fixture
 def archive(tmp_path):

@@ -19,12 +19,10 @@ def test_the_chip_is_oriented_as_declared_and_gets_no_georeference(chip_archive)
         np.testing.assert_array_equal(pixels[:, y, x], chip.isel(x=x, y=y).values)
 
 
-def test_the_demo_does_the_whole_job_and_a_second_run_finds_it_done(tmp_path, capsys):
-    folder = tmp_path / "demo"
-    assert aptile("demo", folder) == 0
-    first = capsys.readouterr()
-    assert "tokens per tile" in first.out
-    assert f"Open {folder / 'sentinel2_chip_r0c0.png'} first" in first.out
+def test_the_demo_does_the_whole_job_and_a_second_run_finds_it_done(demo, capsys):
+    folder, said = demo
+    assert "tokens per tile" in said
+    assert f"Open {folder / 'sentinel2_chip_r0c0.png'} first" in " ".join(said.split())
     assert len(list(folder.glob("*.png"))) == 9
     with (folder / "run" / "loss.csv").open(newline="") as file:
         losses = [float(row["loss"]) for row in csv.DictReader(file)]

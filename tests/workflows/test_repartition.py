@@ -11,6 +11,8 @@ import pytest
 from pipeline import open_store
 from support import aptile, assert_same_bytes
 
+pytestmark = pytest.mark.usefixtures("kept_workers")
+
 
 @pytest.fixture
 def store(chip_store, tmp_path):
@@ -79,7 +81,7 @@ def test_a_mean_is_met(store, capsys):
         (["--uniform-px", 8, "--shared", "max"], "shared has no effect with uniform_px"),
         (["--quantile", 0.5, "--shared", "min"], "Invalid value"),
         (["--uniform-px", 8, "--workers", 0], "repartition: workers is 0"),
-        (["--uniform-px", 8, "--workers", 2, "--scheduler", "tcp://x"], "has no effect beside"),
+        (["--uniform-px", 8, "--workers", 2, "--scheduler", "tcp://x:1"], "has no effect beside"),
         (["--uniform-px", 8, "--name", "default"], "the partition `aptile preprocess` made"),
         (["--uniform-px", 8, "--name", "../up"], "a partition's name is a letter"),
         (["--uniform-px", 8, "--name", ""], "a partition's name is a letter"),

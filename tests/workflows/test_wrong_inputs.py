@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 
 from support import aptile
-from wrong_cases import CASES, SINGLE_SCENES, item, items, tif
+from wrong_cases import CASES, SINGLE_SCENES
+from wrong_makers import item, items, tif
+
+pytestmark = pytest.mark.usefixtures("kept_workers")
 
 CODE = re.compile("^(`+) ?(.*?) ?\\1$")
 PAGE = Path(__file__).parents[2] / "docs" / "wrong-inputs.md"

@@ -5,8 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from buckets import FAULTS, s3_bucket
+from bucket_server import faulty_bucket
 from cubes import cube, save
+from faulty_proxy import READ_FAULTS
 from faulty_server import QUICK
 from pipeline.errors import SceneError
 from pipeline.fetch.buckets import matching, objects_below
@@ -24,7 +25,7 @@ PIXELS = textured((3, 256, 320), seed=7)
 @pytest.fixture
 def bucket(tmp_path, monkeypatch):
     scene = save_scene(tmp_path / "a.tif", PIXELS, tiled=True, blockxsize=64, blockysize=64)
-    with s3_bucket(monkeypatch) as bucket:
+    with faulty_bucket(monkeypatch) as bucket:
         bucket.put("data/a.tif", scene.read_bytes())
         yield bucket
 
@@ -33,7 +34,7 @@ def access_to(bucket, retries: Retries = QUICK) -> Access:
     return Access((bucket.url,), retries=retries)
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", READ_FAULTS)
 def test_whatever_passes_changes_no_pixel(bucket, fault):
     bucket.fault = fault
     with open_raster(f"{bucket.url}/data/a.tif", access_to(bucket)) as raster:
@@ -42,7 +43,7 @@ def test_whatever_passes_changes_no_pixel(bucket, fault):
     assert bucket.injected[fault] >= 4
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", READ_FAULTS)
 def test_whatever_stays_is_an_error(bucket, fault):
     bucket.fault, bucket.always = fault, True
     with pytest.raises(SceneError, match="s3://scenes/data/a.tif cannot be read: tried 3 times"):
@@ -92,7 +93,7 @@ def test_a_cube_in_a_bucket(bucket, tmp_path: Path, name):
     for file in [path] if path.is_file() else path.rglob("*"):
         if file.is_file():
             bucket.put(file.relative_to(tmp_path).as_posix(), file.read_bytes())
-    bucket.fault = "503"
+    bucket.fault = "slow_down"
     access = access_to(bucket)
     modality = ModalityConfig(bands=("B02", "B03"))
     listing = list_cube(f"{bucket.url}/{name}", bucket.url, modality, access)
@@ -102,5 +103,5 @@ def test_a_cube_in_a_bucket(bucket, tmp_path: Path, name):
             found = reader.read(Window(3, 4, 15, 20))
         stored = np.stack([dataset[band].values[step] for band in ("B02", "B03")])
         np.testing.assert_array_equal(found, stored[:, 3:18, 4:24])
-    print(f"{name}: {bucket.injected['503']} x 503 injected, numbers as in the cube")
+    print(f"{name}: {bucket.injected['slow_down']} x 503 injected, numbers as in the cube")
     assert len(listing.scenes) == 3

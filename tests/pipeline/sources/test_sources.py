@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from buckets import s3_bucket
+from bucket_server import faulty_bucket
 from pipeline.errors import ArchiveError, ConfigError
 from pipeline.fetch.files import fingerprint
 from pipeline.scenes import Listing
@@ -237,7 +237,7 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch):
 def bucket(monkeypatch, tmp_path):
     """A folder in a bucket that holds scenes, one of them broken, and other things."""
     scene = save_scene(tmp_path / "a.tif", PIXELS).read_bytes()
-    with s3_bucket(monkeypatch) as bucket:
+    with faulty_bucket(monkeypatch) as bucket:
         for name in ("a/x.tif", "b/y.tif", "b/z.txt", ".c/x.tif", "d.zarr/x.tif"):
             bucket.put(f"data/{name}", scene)
         bucket.put("data/a/broken.tif", b"broken")
