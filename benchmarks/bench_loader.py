@@ -221,7 +221,9 @@ def aptile_readers(folder: Path, num_tiles: int, quick: bool) -> dict[str, peers
 def serve(connection: Connection, kind: str, folder: Path, num_tiles: int, quick: bool) -> None:
     """Measure what is asked for, in a process of its own; what goes wrong is an answer too."""
     warnings.simplefilter("ignore")
-    os.environ["LITDATA_DISABLE_VERSION_CHECK"] = "1"
+    # litdata leaves files in the temporary folder.
+    os.environ |= {"LITDATA_DISABLE_VERSION_CHECK": "1", "TMPDIR": str(folder)}
+    tempfile.tempdir = None
     try:
         if kind in LOADERS:
             importlib.import_module(LOADERS[kind])
