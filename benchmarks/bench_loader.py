@@ -233,9 +233,14 @@ def serve(connection: Connection, kind: str, folder: Path, num_tiles: int, quick
         running: dict[str, peers.Batches] = {}
         first: dict[str, float] = {}
         for name, seconds in iter(connection.recv, None):
-            if name not in running:
+            if name not in first:
                 running[name], first[name] = started(readers[name])
+            elif name not in running:
+                running[name] = readers[name]()
             connection.send({**turn(running[name], seconds), "first batch ms": 1e3 * first[name]})
+            if name.endswith(" workers"):
+                # All the worker processes of all readers would take tens of GB.
+                del running[name]
     except Exception:
         connection.send(traceback.format_exc())
         raise
@@ -254,7 +259,7 @@ def turn(batches: peers.Batches, seconds: float) -> dict[str, float]:
     """Tiles per second, after some batches that were read ahead."""
     begin = time.perf_counter()
     for _ in islice(batches, WARM_UP):
-        if time.perf_counter() - begin > seconds / 2:
+        if time.perf_counter() - begin > 3 * seconds:
             break
     begin, spent, tiles = time.perf_counter(), time.process_time(), 0
     while time.perf_counter() - begin < seconds:
