@@ -23,7 +23,7 @@ from affine import Affine
 from rasterio.windows import Window
 
 sys.path.insert(0, str(Path(__file__).parent))
-from common import Silent, arguments, report
+from common import Silent, arguments, landscape, report
 from pipeline.jobs.clients import client_of
 from pipeline.jobs.job import run_job
 from pipeline.jobs.measures import MEASURES, Measures
@@ -41,15 +41,6 @@ BANDS = 12
 THREE = "scoring.bands=[band_2, band_3, band_4]"
 FIXED = "partition.thresholds=[3.0, 4.0]"
 MIB = 2**20
-
-
-def landscape(side: int, rng: np.random.Generator) -> np.ndarray:
-    """float32 [y, x], mean 0, deviation 1: amplitudes fall with frequency, edges fit together."""
-    spectrum = np.fft.rfft2(rng.standard_normal((side, side)))
-    distance = np.hypot(np.fft.fftfreq(side)[:, None], np.fft.rfftfreq(side)[None])
-    distance[0, 0] = np.inf
-    field = np.fft.irfft2(spectrum / distance**1.2, (side, side))
-    return (field / field.std()).astype(np.float32)
 
 
 def write_scene(path: Path, size: int, side: int, block: int) -> Path:

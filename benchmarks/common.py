@@ -43,6 +43,15 @@ def chip() -> np.ndarray:
     return spyndex.datasets.open("sentinel").transpose(*axes).values.astype(np.uint16)
 
 
+def landscape(side: int, rng: np.random.Generator) -> np.ndarray:
+    """float32 [y, x], mean 0, deviation 1: amplitudes fall with frequency, edges fit together."""
+    spectrum = np.fft.rfft2(rng.standard_normal((side, side)))
+    distance = np.hypot(np.fft.fftfreq(side)[:, None], np.fft.rfftfreq(side)[None])
+    distance[0, 0] = np.inf
+    field = np.fft.irfft2(spectrum / distance**1.2, (side, side))
+    return (field / field.std()).astype(np.float32)
+
+
 def read(path: Path) -> np.ndarray:
     """A whole raster, [band, y, x]."""
     with open_raster(str(path), Access((as_root(str(path.parent)),))) as raster:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -12,10 +13,10 @@ from model.batch import (
     LabelFrames,
     ModalityFrames,
     TokenBatch,
-    cumulative_lengths,
 )
 from pipeline import segments
 from pipeline.grid import BaseGrid
+from pipeline.storage.tiles import expand
 
 
 @dataclass
@@ -79,43 +80,46 @@ class TileArrays:
 
 @dataclass(frozen=True)
 class _Leaves:
-    """The leaves of a modality that become tokens, in frame and storage order; [n] each."""
+    """The leaves of a modality that become tokens, in frame and storage order; [n] each.
+
+    `yx` and `scale_timestep` are pairs of int32 seen as one int64, which makes them one look-up each.
+    `per_tile` int64 [B] counts them.
+    """
 
     scales: np.ndarray
-    yx: np.ndarray
     frame: np.ndarray
-    tile: np.ndarray
-    timestep: np.ndarray
+    yx: np.ndarray
+    scale_timestep: np.ndarray
+    per_tile: np.ndarray
 
 
 def pack(read: TileArrays) -> TokenBatch:
     """The batch of some tiles, in their order. Arrays of pixels are taken over, not copied."""
     num_tiles = len(read.tile_indices)
-    leaves = [_present(frames) for frames in read.modalities]
+    leaves = [_present(frames, num_tiles) for frames in read.modalities]
     groups = [
         (m, b) for m, frames in enumerate(read.modalities) for b in range(len(frames.band_sets))
     ]
-    per_group = [np.bincount(leaves[m].tile, minlength=num_tiles) for m, _ in groups]
+    per_group = [leaves[m].per_tile for m, _ in groups]
     tokens_per_tile = np.stack(per_group).sum(0)
     num_tokens = int(tokens_per_tile.sum())
     scales, frame = np.empty(num_tokens, np.uint8), np.empty(num_tokens, np.int64)
     modality, band_set = np.empty(num_tokens, np.uint8), np.empty(num_tokens, np.uint8)
-    positions = np.empty((num_tokens, 4), np.int32)
-    places = _places(per_group, tokens_per_tile, [leaves[m].tile for m, _ in groups])
-    for (m, b), at in zip(groups, places, strict=True):
+    positions = np.empty((num_tokens, 2), np.int64)
+    for (m, b), at in zip(groups, _places(per_group, tokens_per_tile), strict=True):
         of = leaves[m]
         scales[at], frame[at], modality[at], band_set[at] = of.scales, of.frame, m, b
-        positions[at, :2], positions[at, 2], positions[at, 3] = of.yx, of.scales, of.timestep
+        positions[at, 0], positions[at, 1] = of.yx, of.scale_timestep
     return TokenBatch(
         modalities=tuple(map(_modality, read.modalities, leaves)),
         labels={name: _label(label) for name, label in read.labels.items()},
         scales=torch.from_numpy(scales),
-        positions=torch.from_numpy(positions),
+        positions=torch.from_numpy(positions.view(np.int32)),
         frame=torch.from_numpy(frame),
         modality=torch.from_numpy(modality),
         band_set=torch.from_numpy(band_set),
-        mask=torch.full((num_tokens,), ONLINE, dtype=torch.uint8),
-        cu_seqlens=cumulative_lengths(torch.from_numpy(tokens_per_tile)),
+        mask=torch.from_numpy(np.full(num_tokens, ONLINE, np.uint8)),
+        cu_seqlens=torch.from_numpy(np.append(0, np.cumsum(tokens_per_tile)).astype(np.int32)),
         max_seqlen=int(tokens_per_tile.max(initial=0)),
         tile_indices=torch.from_numpy(np.asarray(read.tile_indices, np.int64)),
         normalized=read.normalized,
@@ -123,42 +127,55 @@ def pack(read: TileArrays) -> TokenBatch:
     )
 
 
-def _present(frames: FrameArrays) -> _Leaves:
-    keep = np.flatnonzero(~segments.is_missing(frames.scales))
-    frame = np.repeat(np.arange(len(frames.counts)), frames.counts)[keep]
+def _present(frames: FrameArrays, num_tiles: int) -> _Leaves:
+    grid, scales = frames.grid, frames.scales
+    frame = np.repeat(np.arange(len(frames.counts)), frames.counts)
+    lengths = segments.run_lengths(scales)
     # Every frame's leaves cover all its cells: one running sum serves all frames.
-    start = segments.starts(frames.scales)[keep] - frame * frames.grid.num_cells
+    start = np.cumsum(lengths) - lengths - frame * grid.num_cells
+    missing = segments.is_missing(scales)
+    if missing.any():
+        keep = np.flatnonzero(~missing)
+        scales, frame, start = scales[keep], frame[keep], start[keep]
+        per_frame = np.bincount(frame, minlength=len(frames.counts))
+    else:
+        per_frame = frames.counts
+    first_of_tile = np.searchsorted(frames.tile, np.arange(num_tiles + 1))
+    before = np.append(0, np.cumsum(per_frame))
+    timesteps = _pairs(np.zeros_like(frames.timestep), frames.timestep)
     return _Leaves(
-        scales=frames.scales[keep],
-        # Many times faster than indexing with [].
-        yx=frames.grid.cell_yx.take(start, axis=0),
+        scales=scales,
         frame=frame,
-        tile=frames.tile[frame],
-        timestep=frames.timestep[frame],
+        yx=grid.cell_yx.view(np.int64).ravel().take(start),
+        scale_timestep=_SCALE_PAIRS.take(scales) + timesteps.take(frame),
+        per_tile=np.diff(before[first_of_tile]),
     )
 
 
-def _places(
-    per_group: Sequence[np.ndarray], tokens_per_tile: np.ndarray, tiles: Sequence[np.ndarray]
-) -> list[np.ndarray | slice]:
-    """Where the tokens of every group go: tile after tile, in a tile group after group.
+def _pairs(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """int64 [n]: pairs of int32 side by side in memory; pairs that are 0 where others are not add up."""
+    return np.column_stack([first, second]).astype(np.int32).view(np.int64).ravel()
 
-    `per_group` int64 [B] each are a group's tokens by tile, `tiles` int64 [n] each the tile of every token.
-    """
-    if len(tiles) == 1:
+
+_SCALE_PAIRS = _pairs(np.arange(256), np.zeros(256))
+
+
+def _places(
+    per_group: Sequence[np.ndarray], tokens_per_tile: np.ndarray
+) -> list[np.ndarray | slice]:
+    """Where the tokens of every group go, [n] each: tile after tile, in a tile group after group."""
+    if len(per_group) == 1:
         return [slice(None)]
     first_of_tile = np.cumsum(tokens_per_tile) - tokens_per_tile
-    places: list[np.ndarray | slice] = []
-    before = np.zeros_like(tokens_per_tile)
-    for counts, tile in zip(per_group, tiles, strict=True):
-        shift = first_of_tile + before - (np.cumsum(counts) - counts)
-        places.append(np.arange(len(tile)) + shift[tile])
-        before += counts
-    return places
+    before_in_tile = accumulate(per_group, initial=np.zeros_like(tokens_per_tile))
+    return [
+        expand(first_of_tile + before, counts)
+        for counts, before in zip(per_group, before_in_tile, strict=False)
+    ]
 
 
 def _modality(frames: FrameArrays, leaves: _Leaves) -> ModalityFrames:
-    per_scale = np.bincount(leaves.scales, minlength=frames.grid.num_scales)
+    per_scale = [np.count_nonzero(leaves.scales == s) for s in range(frames.grid.num_scales)]
     return ModalityFrames(
         name=frames.name,
         grid=frames.grid,
@@ -175,7 +192,7 @@ def _modality(frames: FrameArrays, leaves: _Leaves) -> ModalityFrames:
         tile=torch.from_numpy(frames.tile),
         timestep=torch.from_numpy(frames.timestep),
         timestamps=torch.from_numpy(frames.timestamps),
-        tokens_per_scale=tuple(per_scale.tolist()),
+        tokens_per_scale=tuple(map(int, per_scale)),
     )
 
 

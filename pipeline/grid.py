@@ -120,6 +120,7 @@ def morton_yx(num_levels: int) -> np.ndarray:
 def _cell_yx(rows: int, cols: int, num_scales: int) -> np.ndarray:
     side = 2 ** (num_scales - 1)
     root_yx = np.indices((rows // side, cols // side), dtype=np.int32).reshape(2, -1).T * side
-    table = (root_yx[:, None] + morton_yx(num_scales - 1)[None]).reshape(-1, 2)
+    cells = root_yx[:, None] + morton_yx(num_scales - 1)[None]
+    table = np.ascontiguousarray(cells.reshape(-1, 2))
     table.setflags(write=False)
     return table

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import torch
 from numpy.typing import DTypeLike
 
 from model.packing import BandSetArrays, FrameArrays, LabelArrays
@@ -232,22 +233,24 @@ def normalize(
 
     Pixels that are not valid, or of a band that is not present, become 0.
     """
-    low = ranges[:, 0, None, None]
-    span = ranges[:, 1, None, None] - low
     pixels = buffers.take(band_set.pixels.shape, wanted)
-    scratch = np.empty(pixels.shape[1:], np.float32)
-    # Frame by frame, so that all passes but the first find their numbers in the cache.
+    unit = np.empty(band_set.pixels.shape[2:], np.float32)
+    low, half_span = ranges[:, 0], (ranges[:, 1] - ranges[:, 0]) / 2
     for frame, stored in enumerate(band_set.pixels):
-        unit = pixels[frame] if wanted == np.float32 else scratch
-        np.subtract(stored, low, out=unit, dtype=np.float32, casting="unsafe")
-        unit /= span
-        unit *= 2
-        unit -= 1
-        there = band_set.valid[frame] & band_set.band_present[frame, :, None, None]
-        if not there.all():
-            np.copyto(unit, 0, where=~there)
-        if unit is scratch:
-            np.copyto(pixels[frame], unit, casting="same_kind")
+        hidden = ~band_set.valid[frame]
+        some_hidden = bool(hidden.any())
+        # Band by band, so that all passes but the first find their numbers in the cache.
+        for band, present in enumerate(band_set.band_present[frame].tolist()):
+            if not present:
+                pixels[frame, band] = 0
+                continue
+            np.subtract(stored[band], low[band], out=unit, dtype=np.float32, casting="unsafe")
+            unit /= half_span[band]
+            unit -= 1
+            if some_hidden:
+                unit[hidden] = 0
+            # torch rounds to float16 several times as fast as NumPy.
+            torch.from_numpy(pixels[frame, band]).copy_(torch.from_numpy(unit))
     band_set.pixels = pixels
 
 

@@ -6,6 +6,7 @@ one that was cut off ends the process. A read waits without the lock and fails w
 
 import os
 import threading
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -42,8 +43,26 @@ class LocalFile(Here):
     def ask(self, offsets: np.ndarray, lengths: np.ndarray) -> None:
         if not hasattr(os, "posix_fadvise"):
             return  # macOS
-        for offset, length in zip(offsets.tolist(), lengths.tolist(), strict=True):
-            os.posix_fadvise(self._file, offset, length, os.POSIX_FADV_WILLNEED)
+        for start, end in _runs(offsets, lengths):
+            # To ask for what is in the page cache costs far more than to see that it is.
+            if not self._is_at_hand(start):
+                os.posix_fadvise(self._file, start, end - start, os.POSIX_FADV_WILLNEED)
+
+    def _is_at_hand(self, offset: int) -> bool:
+        """Whether a byte can be read without the disk; its neighbours are likely to have come with it."""
+        try:
+            return os.preadv(self._file, (bytearray(1),), offset, os.RWF_NOWAIT) == 1
+        except (OSError, AttributeError):
+            return False  # not there, or a system that does not tell
+
+
+def _runs(offsets: np.ndarray, lengths: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Begin and end of ranges, those that touch each other as one."""
+    order = np.argsort(offsets, kind="stable")
+    offsets, ends = offsets[order], (offsets + lengths)[order]
+    cuts = np.flatnonzero(offsets[1:] > ends[:-1]) + 1
+    begins, lasts = np.append(0, cuts)[: len(offsets)], np.append(cuts, 0)[: len(offsets)] - 1
+    yield from zip(offsets[begins].tolist(), ends[lasts].tolist(), strict=True)
 
 
 def _scratch(length: int) -> Packed:
