@@ -28,7 +28,7 @@ from model.data.plan import BatchPlan
 BATCH, NEIGHBOURS, CLASSES, SHARD = 64, 16, 10, 1024
 
 # The plan's own first.
-WINDOWS = [(16, 2048), (1, 2048), (4, 2048), (8, 4096), (16, 8192), (16, 512), (64, 2048)]
+WINDOWS = [(4, 2048), (1, 2048), (16, 2048), (8, 4096), (16, 8192), (16, 512), (64, 2048)]
 
 Order = Callable[[int], tuple[np.ndarray, float]]
 
@@ -112,7 +112,9 @@ def main() -> None:
     for block, window in WINDOWS:
         name = f"blocks of {block}, windows of {window}"
         orders[name] = partial(in_windows, num_tiles, block, window, False)
-    orders["the first of these, batches of tokens"] = partial(in_windows, num_tiles, 16, 2048, True)
+    orders["the first of these, batches of tokens"] = partial(
+        in_windows, num_tiles, *WINDOWS[0], True
+    )
     for buffer in (1024, 8192):
         orders[f"shards and a buffer of {buffer}"] = partial(through_buffer, num_tiles, buffer)
     report([quality(name, make, num_tiles, epochs) for name, make in orders.items()], args.json)

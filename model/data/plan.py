@@ -19,6 +19,7 @@ from model.data.order import (
 )
 from model.data.sampling import Sampling
 from pipeline.errors import ConfigError
+from pipeline.storage.tiles import NEIGHBOURS
 
 # Of the default window: so few tiles that reading stays close together, and so many batches that each
 # gets few neighbours.
@@ -58,7 +59,7 @@ class BatchPlan:
     sampling: Sampling | None = field(default=None, kw_only=True)
     drop_last: bool = field(default=False, kw_only=True)
     balance: Balance = field(default="tokens", kw_only=True)
-    block_tiles: int = field(default=16, kw_only=True)
+    block_tiles: int = field(default=NEIGHBOURS, kw_only=True)
     window_tiles: int | None = field(default=None, kw_only=True)
     store_order: np.ndarray | None = field(default=None, kw_only=True)
     _candidates: np.ndarray = field(init=False, repr=False)

@@ -14,9 +14,8 @@ from pipeline.errors import StoreError
 from pipeline.storage.buckets import READ_TRIES, BucketObjects
 from pipeline.storage.chunks import Packed, Shard
 from pipeline.storage.objects import Objects
+from pipeline.storage.tiles import NEIGHBOURS
 
-# One request costs about as much as a few MB: a pixel chunk has some 100 KB.
-_BLOCK_CHUNKS = 16
 # Room for the blocks of a window of tiles that is shuffled in memory.
 _CACHE_BYTES = 2**29
 
@@ -65,7 +64,7 @@ class BucketFile:
 
     def arrange(self, offsets: np.ndarray, lengths: np.ndarray) -> None:
         order = np.argsort(offsets, kind="stable")
-        first = np.arange(0, len(order), _BLOCK_CHUNKS)
+        first = np.arange(0, len(order), NEIGHBOURS)
         if len(first):
             self._ends = np.maximum.reduceat((offsets + lengths)[order], first)
             self._starts = offsets[order][first]

@@ -8,6 +8,10 @@ import numpy as np
 from pipeline import segments
 from pipeline.grid import BaseGrid
 
+# Neighbours in store order asked for together: their pixels are worth one request of an object store,
+# and a shuffle of such blocks is close to one of single tiles (benchmarks/bench_shuffle.py).
+NEIGHBOURS = 4
+
 
 @dataclass(frozen=True)
 class Tile:

@@ -25,7 +25,7 @@ LAYOUT = StoreLayout(
     "image", (BandSet("", ("a", "b"), "int16", 16),), BaseGrid(4, 4, 4, 2), SHARDS, CAPACITY, "lz4"
 )
 PIXELS, FIRST = "image/pixels", "image/pixels/c/0/0/0/0"
-NUM_BLOCKS = -(-CAPACITY // blocks._BLOCK_CHUNKS)
+NUM_BLOCKS = -(-CAPACITY // blocks.NEIGHBOURS)
 GROUP = "image/partitions/default"
 
 
