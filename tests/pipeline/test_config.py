@@ -82,7 +82,7 @@ MISTAKES = {
     "modality: {name: ../up}": f"modality.name is '../up'; {NAME}",
     "modality: {value_range: [5, 5]}": "modality: value_range (5.0, 5.0) is empty; give low < high",
     "modality: {bands: [a, b]}\nscoring: {bands: [c]}": "scoring.bands names ['c']; modality.bands has",
-    "run: {workers: 2, scheduler: tcp://a}": "run: run.workers has no effect beside",
+    "run: {workers: 2, scheduler: 'tcp://a:1'}": "run: run.workers has no effect beside",
     "preset: s2_l9": "preset 's2_l9' is not known; expected one of dem, landsat_c2_l2, naip, rgb, s1_rtc",
     "- a\n- b": "expected `key: value` lines",
     "a: [": "not a YAML file",
