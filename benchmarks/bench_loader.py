@@ -4,12 +4,12 @@ Tiles of 12 x 128 x 128 px, uint16, 1/f pixels with noise, packed 64 to a batch 
 store, written by a job. Peers are a reader by hand (mmap and numcodecs, every core decoding whole batches:
 the practical limit), zarr-python, a memmap of uncompressed pixels, and litdata, mosaicml-streaming and
 webdataset, compressed by their own options and as blosc bytes that their collate function decodes. The
-loaders' copies hold half of the tiles, so that all fit into the page cache, and leave out validity.
+loaders' copies hold a quarter of the tiles, so that all fit into the page cache, and leave out validity.
 
-Readers take turns, SECONDS each after batches that do not count, and go on where they were; all files are
-read before each round. A rate is the median of the rounds, a ratio the median of the rounds' ratios. Each
-kind of reader lives in a process of its own. `first batch` is the time from the files to a batch, imports
-not included; `CPU us/tile` is that of the reader's process, worker processes not included.
+Readers take turns, SECONDS each after batches that do not count; all files are read before each round. A
+rate is the median of the rounds, a ratio the median of the rounds' ratios. In every round each kind of
+reader lives in a process of its own, one after another. `first batch` is the time from the files to a
+batch, imports not included; `CPU us/tile` is that of the reader's process, worker processes not included.
 
 The loaders come with `pip install '.[bench]'`; those that are not there are rows that say so.
 """
@@ -28,7 +28,7 @@ import traceback
 import warnings
 from collections import defaultdict
 from collections.abc import Mapping
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from functools import partial
 from itertools import count, islice
 from multiprocessing.connection import Connection
@@ -160,7 +160,7 @@ def copies_of(kind: str, folder: Path, num_tiles: int) -> dict[str, peers.Copy]:
 
 
 def loader_readers(kind: str, folder: Path, num_tiles: int, quick: bool) -> dict[str, peers.Reader]:
-    """Every copy and number of workers; the copies are written first."""
+    """Every copy and number of workers; copies that are not there are written first."""
     write, read = {
         "litdata": (peers.write_litdata, peers.by_litdata),
         "mosaicml-streaming": (peers.write_mds, peers.by_mds),
@@ -168,7 +168,8 @@ def loader_readers(kind: str, folder: Path, num_tiles: int, quick: bool) -> dict
     }[kind]
     readers: dict[str, peers.Reader] = {}
     for name, copy in copies_of(kind, folder, num_tiles).items():
-        write(copy)
+        if not copy.folder.exists():
+            write(copy)
         by = peers.by_first_mds if "first epoch" in name else read
         for workers in (0,) if quick else (0, 2):
             readers[f"random order: {kind}, {name}, {workers} workers"] = partial(
@@ -230,17 +231,9 @@ def serve(connection: Connection, kind: str, folder: Path, num_tiles: int, quick
         make = {"by hand": own_readers, "aptile": aptile_readers}.get(kind)
         readers = (make or partial(loader_readers, kind))(folder, num_tiles, quick)
         connection.send(list(readers))
-        running: dict[str, peers.Batches] = {}
-        first: dict[str, float] = {}
         for name, seconds in iter(connection.recv, None):
-            if name not in first:
-                running[name], first[name] = started(readers[name])
-            elif name not in running:
-                running[name] = readers[name]()
-            connection.send({**turn(running[name], seconds), "first batch ms": 1e3 * first[name]})
-            if name.endswith(" workers"):
-                # All the worker processes of all readers would take tens of GB.
-                del running[name]
+            batches, first = started(readers[name])
+            connection.send({**turn(batches, seconds), "first batch ms": 1e3 * first})
     except Exception:
         connection.send(traceback.format_exc())
         raise
@@ -302,17 +295,14 @@ class Process:
 
 def pixel_rows(folder: Path, quick: bool) -> list[dict[str, Any]]:
     """All readers of pixels, in rounds."""
-    rounds, seconds, num_tiles = (1, 0.05, 64) if quick else (5, SECONDS, 2048)
+    rounds, seconds, num_tiles = (1, 0.05, 64) if quick else (5, SECONDS, 1024)
     there = [kind for kind, module in LOADERS.items() if importlib.util.find_spec(module)]
     found: dict[str, list[dict[str, float]]] = defaultdict(list)
-    with ExitStack() as stack:
-        processes = [
-            stack.enter_context(Process(kind, folder, num_tiles, quick))
-            for kind in (LIMIT, "aptile", *there)
-        ]
-        for _ in range(rounds):
-            warm(folder)
-            for process in processes:
+    for _ in range(rounds):
+        warm(folder)
+        for kind in (LIMIT, "aptile", *there):
+            # One at a time: together, their worker processes would take tens of GB.
+            with Process(kind, folder, num_tiles, quick) as process:
                 for name in process.names:
                     found[name].append(process.measure(name, seconds))
     rows = [row_of(name, found, there) for name in sorted(found)]
