@@ -101,7 +101,7 @@ class Tiles:
             grid=self.grid,
             band_sets=[BandSetArrays("", bands, frames.pixels, frames.valid, present)],
             scales=np.concatenate([np.empty(0, np.uint8), *frames.scales]),
-            counts=np.array([len(scales) for scales in frames.scales]),
+            counts=np.array([len(scales) for scales in frames.scales], np.int64),
             tile=owner[:, 0].copy(),
             timestep=owner[:, 1].copy(),
             timestamps=np.full((len(owner), 3), -1, np.int32),
