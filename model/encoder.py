@@ -132,7 +132,7 @@ class APTEncoder(nn.Module):
         """Embedded, encoded and merged tokens [N, D], before any token saw another."""
         pixels_MCPP, valid_MPP = self.pixels(batch)
         base_MD = self.embedding(pixels_MCPP, valid_MPP) + self._base_encoding(batch)
-        return self.merge(base_MD, batch)
+        return self.merge([base_MD], batch)
 
     def pixels(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
         """Normalised pixels [M, C, P, P], 0 where invalid or dropped, and validity [M, P, P].

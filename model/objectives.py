@@ -94,7 +94,7 @@ class MaskedPrediction(nn.Module):
         Centred per tile: what all tokens of a tile share says nothing about which one is which.
         """
         pixels, _ = self.encoder.pixels(batch)
-        projected = average_runs(self.target_projection(pixels.flatten(1)), batch)
+        projected = average_runs([self.target_projection(pixels.flatten(1))], batch)
         lengths, tile = batch.cu_seqlens.diff(), batch.tile_of_token
         sums = projected.new_zeros(batch.num_tiles, TARGET_WIDTH).index_add(0, tile, projected)
         return projected - (sums / lengths.clamp(min=1)[:, None]).index_select(0, tile)

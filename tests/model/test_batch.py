@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.batch import ONLINE, cumulative_lengths
-from model.merge import merge_runs
 from model.packing import BandSetArrays, FrameArrays, TileArrays, pack
 from pipeline.errors import ConfigError
 from pipeline.grid import BaseGrid
