@@ -131,7 +131,7 @@ class TokenBatch:
         return self._once(("cell_places", modality), lambda: self._cell_places(modality))
 
     def covering(self, modality: int, band_set: int) -> Tensor:
-        """int64 [F, rows, cols]: the token over every base cell of a band set; `num_tokens` where none is."""
+        """int64 [F, rows, cols]: the token over every base cell; `num_tokens` where none is."""
         key = ("covering", modality, band_set)
         return self._once(key, lambda: self._covering(modality, band_set))
 

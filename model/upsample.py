@@ -34,10 +34,10 @@ def tokens_at(
 ) -> tuple[Tensor, Tensor]:
     """Tokens [k, D] over some cells, and bool [k]: what `to_grid` has there, without making the grid.
 
-    `cells` int64 [k, 4]: (tile, y, x, timestep), `y`, `x` in base cells. Where no token covers the cell, and
-    at timesteps no frame has, tokens are zero and False. Raises IndexError for cells outside the grid (on a
-    GPU, which would have to be waited for, it is the device's own assertion) and ConfigError for a modality
-    or band set the batch does not have.
+    `cells` int64 [k, 4]: (tile, y, x, timestep), `y` and `x` in base cells. Where no token covers the cell,
+    and at timesteps without a frame, tokens are zero and False. Raises ConfigError for a modality the batch
+    does not have, and IndexError for cells outside the grid (on a GPU, which would have to be waited for,
+    that is an assertion of the device).
     """
     number = batch.modality_number(modality)
     frames = batch.modalities[number]
