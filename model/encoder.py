@@ -71,7 +71,7 @@ class APTEncoder(nn.Module):
             self.embedding[name](*self.pixels(batch, m, b)) + self._base_encoding(batch, m, name)
             for m, b, name in self._groups(batch)
         ]
-        return self.merge(torch.cat(rows), batch)
+        return self.merge(rows, batch)
 
     def token_encoding(self, batch: TokenBatch) -> Tensor:
         """[N, D]: the encoding of every token's place, at its leaf's centre."""
