@@ -132,6 +132,7 @@ class TokenBatch:
     - `cu_seqlens` int32 [B + 1]: tile `b` owns tokens `cu_seqlens[b] ... cu_seqlens[b + 1] - 1`;
       `max_seqlen` is the largest tile's count.
     - `tile_indices` int64 [B]: rows of the dataset.
+    - `location` float32 [B, 2]: (latitude, longitude) in degrees of the tile's centre; NaN where unknown.
     - `normalized`: whether pixels are in [-1, 1] over the value range and 0 where not valid.
     - `skipped`: a line for every tile left out because it could not be read: its id and why.
     """
@@ -147,6 +148,7 @@ class TokenBatch:
     cu_seqlens: Tensor
     max_seqlen: int
     tile_indices: Tensor
+    location: Tensor
     normalized: bool = False
     skipped: tuple[str, ...] = ()
 

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from model.attention import choose_attention
 from model.batch import TokenBatch, only_group
-from model.embed import REFERENCE_DISTANCE_M, CompositeEncoding, PatchEmbedding, PixelNormalization
+from model.embed import CompositeEncoding, PatchEmbedding, PixelNormalization
 from model.merge import RunMerge
+from model.places import REFERENCE_DISTANCE_M
 from pipeline.errors import ConfigError
 from pipeline.scorers.config import Frozen
 from pipeline.settings.canonical import canonical_json

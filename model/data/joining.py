@@ -110,6 +110,7 @@ def join(
         tile_indices=torch.cat(
             [b.tile_indices + start for b, start in zip(batches, starts, strict=True)]
         ),
+        location=torch.cat([b.location for b in batches]),
         normalized=structure.normalized,
         skipped=sum((b.skipped for b in batches), skipped),
     )
