@@ -1,4 +1,4 @@
-"""From pixels to base tokens: normalisation, patch embedding, composite encodings.
+"""From pixels to base tokens: normalisation and patch embedding.
 
 Shape suffixes are those of `model.batch`.
 """
@@ -7,9 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from model.batch import TokenBatch
-from model.encodings import sincos
 from model.kernels import resize_kernel
-from model.places import REFERENCE_DISTANCE_M
 
 
 class PixelNormalization(nn.Module):
@@ -90,7 +88,7 @@ class PatchEmbedding(nn.Module):
 
 
 def normalised_cells(
-    batch: TokenBatch, modality: int, band_set: int, normalization: PixelNormalization
+    batch: TokenBatch, modality: int, band_set: int, normalization: nn.Module
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Pixels [M, C, P, P], 0 where not valid or absent; validity [M, P, P]; bands absent [M, C].
 
@@ -102,38 +100,7 @@ def normalised_cells(
     present_MC = frames.band_sets[band_set].band_present.index_select(0, frame)
     there_MCPP = valid_MPP[:, None] & present_MC[:, :, None, None]
     if batch.normalized:
-        pixels_MCPP = torch.where(there_MCPP, pixels_MCPP.to(normalization.low_C11.dtype), 0)
+        pixels_MCPP = torch.where(there_MCPP, pixels_MCPP.float(), 0)
     else:
         pixels_MCPP = normalization(pixels_MCPP, there_MCPP)
     return pixels_MCPP, valid_MPP, ~present_MC
-
-
-class CompositeEncoding(nn.Module):
-    """What is added to a token besides its pixels, in four quarters of the width.
-
-    Quarters: modality (learned), index of the timestep (sine-cosine), month, and position (2-D
-    sine-cosine of the distance from the tile's corner in units of 10 m). The month's quarter stays
-    zero: stores hold no dates yet.
-    """
-
-    def __init__(self, width: int, metres_per_cell: float) -> None:
-        super().__init__()
-        if width % 16:
-            raise ValueError(f"width is {width}; the encoding needs a multiple of 16")
-        self.quarter = width // 4
-        self.units_per_cell = metres_per_cell / REFERENCE_DISTANCE_M
-        self.modality = nn.Parameter(torch.empty(self.quarter).normal_(std=0.02))
-
-    def forward(self, y: Tensor, x: Tensor, timestep: Tensor) -> Tensor:
-        """[n, D] for positions `y`, `x` in base cells (fractions allowed) and timesteps, each [n]."""
-        half = self.quarter // 2
-        return torch.cat(
-            [
-                self.modality.expand(len(y), -1),
-                sincos(timestep.float(), self.quarter),
-                self.modality.new_zeros(len(y), self.quarter),
-                sincos(y.float() * self.units_per_cell, half),
-                sincos(x.float() * self.units_per_cell, half),
-            ],
-            dim=1,
-        )

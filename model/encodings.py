@@ -6,7 +6,6 @@ modality and size that lie on the same ground have the same position. Shape suff
 """
 
 import math
-from collections.abc import Sequence
 from functools import lru_cache
 from typing import Literal
 
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from model.batch import ModalityFrames, TokenBatch
+from model.config import EncoderConfig, group_name
 from model.places import (
     node_centres,
     node_of_token,
@@ -39,9 +39,6 @@ _DAYS_BEFORE_MONTH = (0, 31, 59, 90, 120, 151, 181, 212, 243, 273, 304, 334)
 _LOCATION_WAVES = 10
 _INIT_STD = 0.02
 
-Season = Literal["month", "day_of_year"]
-Position = Literal["sincos", "rotary", "learned"]
-
 
 class CompositeEncodings(nn.Module):
     """What is added to tokens besides their pixels, in quarters of the width.
@@ -53,38 +50,29 @@ class CompositeEncodings(nn.Module):
     - position "learned": quarter 4 is zero; a learned grid [D, rows, cols] laid over the tile, of
       `position_cells`, is added over the whole width, between its cells bilinearly.
 
-    `metres_per_px` is that of the first band set of every modality by name, `groups` are the (modality,
-    band set) that there are. The learned vector of a band set is apart, `band_set_vector`: it can be added
-    with the bias of the patch embedding.
+    The learned vectors of band sets are apart, `band_set_vector`: they can be added with the bias of the
+    patch embedding.
     """
 
-    def __init__(
-        self,
-        width: int,
-        groups: Sequence[tuple[str, str]],
-        metres_per_px: dict[str, float],
-        position: Position = "sincos",
-        position_cells: tuple[int, int] | None = None,
-        season: Season = "month",
-    ) -> None:
+    def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
-        if width % 16:
-            raise ValueError(f"width is {width}; the encoding needs a multiple of 16")
-        self.width, self.position, self.season = width, position, season
-        self.metres_per_px = dict(metres_per_px)
+        self.config = config
         self.band_sets = nn.ParameterDict(
             {
-                _key(*group): nn.Parameter(torch.empty(width // 4).normal_(std=_INIT_STD))
-                for group in groups
+                group_name(modality.name, band_set.name): _small(config.width // 4)
+                for modality in config.modalities
+                for band_set in modality.band_sets
             }
         )
         self.grid: nn.Parameter | None = None
-        if position_cells is not None:
-            self.grid = nn.Parameter(torch.empty(width, *position_cells).normal_(std=_INIT_STD))
+        if config.position_cells is not None:
+            self.grid = _small(config.width, *config.position_cells)
 
     def band_set_vector(self, modality: str, band_set: str) -> Tensor:
         """[D]: the learned vector of a band set, in the first quarter."""
-        return functional.pad(self.band_sets[_key(modality, band_set)], (0, 3 * self.width // 4))
+        return functional.pad(
+            self.band_sets[group_name(modality, band_set)], (0, 3 * self.config.width // 4)
+        )
 
     def base_rows(self, batch: TokenBatch, modality: int) -> Tensor:
         """[M, D]: time, season and position of every base row, in the order of `cell_index`.
@@ -93,7 +81,7 @@ class CompositeEncodings(nn.Module):
         """
         frames, index = batch.modalities[modality], batch.cell_index(modality)
         of_frame = self._of_frames(frames)
-        if self.position == "rotary":
+        if self.config.position == "rotary":
             return of_frame.index_select(0, index // frames.grid.num_cells)
         if self.grid is None:
             of_cell = self._of_nodes(frames)[: frames.grid.num_cells]
@@ -107,18 +95,18 @@ class CompositeEncodings(nn.Module):
         first = starts(tuple(m.num_frames for m in batch.modalities), batch.device)
         frame = first[batch.modality.long()] + batch.frame
         rows = self._band_set_of_tokens(batch) + of_frames.index_select(0, frame)
-        if self.position == "rotary":
+        if self.config.position == "rotary":
             return rows
         of_nodes = torch.cat([self._of_nodes(frames) for frames in batch.modalities])
         return rows + of_nodes.index_select(0, node_of_token(batch))
 
     def _of_frames(self, frames: ModalityFrames) -> Tensor:
         """[F, D]: what all cells of a frame share, without the band set: quarters 2 and 3."""
-        quarter = self.width // 4
+        quarter = self.config.width // 4
         steps = sincos(frames.timestep.float(), quarter)
-        if self.position == "rotary":
+        if self.config.position == "rotary":
             steps = torch.zeros_like(steps)
-        season = season_encoding(frames.timestamps, quarter, self.season)
+        season = season_encoding(frames.timestamps, quarter, self.config.season)
         time = torch.cat([steps, season], dim=1).to(self._kind)
         return functional.pad(time, (quarter, quarter))
 
@@ -127,8 +115,8 @@ class CompositeEncodings(nn.Module):
         grid = frames.grid
         if self.grid is not None:
             return torch.cat([sample_grid(self.grid, grid, s) for s in range(grid.num_scales)])
-        units = units_per_cell(grid, self.metres_per_px[frames.name])
-        return _position_table(grid, units, self.width, self._kind, frames.tile.device)
+        units = units_per_cell(grid, self.config.modality(frames.name).metres_per_px)
+        return _position_table(grid, units, self.config.width, self._kind, frames.tile.device)
 
     def _band_set_of_tokens(self, batch: TokenBatch) -> Tensor:
         """[N, D]"""
@@ -178,7 +166,7 @@ class LocationToken(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.projection = nn.Linear(6 * _LOCATION_WAVES, width)
-        self.unknown = nn.Parameter(torch.empty(width).normal_(std=_INIT_STD))
+        self.unknown = _small(width)
 
     def forward(self, location_B2: Tensor) -> Tensor:
         """[B, D] of (latitude, longitude) in degrees; NaN in either is an unknown place."""
@@ -192,7 +180,7 @@ class LocationToken(nn.Module):
         return torch.where(known, self.projection(features.to(self.unknown.dtype)), self.unknown)
 
 
-def rotary_tables(batch: TokenBatch, metres_per_px: dict[str, float]) -> tuple[Tensor, Tensor]:
+def rotary_tables(batch: TokenBatch, config: EncoderConfig) -> tuple[Tensor, Tensor]:
     """cos and sin float32 [N, 32] of the angles by which pairs of every head turn, for `apply_rotary`.
 
     12 pairs turn with y, 12 with x (of the token's centre, in units of 10 m) and 8 with the timestep, at
@@ -201,7 +189,10 @@ def rotary_tables(batch: TokenBatch, metres_per_px: dict[str, float]) -> tuple[T
     et al. (2024), "Rotary Position Embedding for Vision Transformer".
     """
     units = per_modality(
-        tuple((units_per_cell(m.grid, metres_per_px[m.name]),) for m in batch.modalities),
+        tuple(
+            (units_per_cell(m.grid, config.modality(m.name).metres_per_px),)
+            for m in batch.modalities
+        ),
         batch.device,
     )[batch.modality.long()]
     places = torch.cat([token_centres(batch) * units, batch.positions[:, 3:].float()], dim=1)
@@ -238,7 +229,9 @@ def sincos(positions: Tensor, width: int) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
-def season_encoding(timestamps: Tensor, width: int, season: Season) -> Tensor:
+def season_encoding(
+    timestamps: Tensor, width: int, season: Literal["month", "day_of_year"]
+) -> Tensor:
     """float32 [n, width]: sine (first half) and cosine of the time of year of (day, month, year) [n, 3].
 
     "month": month 0 ... 11 of 12. "day_of_year": day 0 ... 365 of 365.25. Zeros where any of the numbers
@@ -293,6 +286,5 @@ def _days_before_month(device: torch.device) -> Tensor:
         return torch.tensor(_DAYS_BEFORE_MONTH, device=device)
 
 
-def _key(modality: str, band_set: str) -> str:
-    """The name of a band set's vector among the weights."""
-    return f"{modality}/{band_set or 'first'}"
+def _small(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.empty(shape).normal_(std=_INIT_STD))

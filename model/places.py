@@ -12,10 +12,8 @@ from torch import Tensor
 
 from model.batch import TokenBatch
 from model.cells import cell_tables
+from model.config import REFERENCE_DISTANCE_M
 from pipeline.grid import BaseGrid
-
-# One unit of all encodings of position.
-REFERENCE_DISTANCE_M = 10.0
 
 
 def units_per_cell(grid: BaseGrid, metres_per_px: float) -> float:
