@@ -12,21 +12,23 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from model.attention import choose_attention
 from model.batch import TokenBatch
 from model.checkpoint import SafetensorsCheckpointIO, read_checkpoint
-from model.data import BatchStream, TileDataset
-from model.encoder import CONFIG_FILE, APTEncoder, EncoderConfig, Size
+from model.config import SIZES, EncoderChoices, EncoderConfig, EncoderOptions, Size
+from model.data import Augmentation, BatchStream, TileDataset
+from model.encoder import CONFIG_FILE, APTEncoder
 from model.objectives import MaskedPrediction, random_masking
-from pipeline.errors import StoreError
-from pipeline.scorers.config import Frozen
+from pipeline.errors import ConfigError, StoreError
+from pipeline.scorers.config import Frozen, Identifier
 from pipeline.settings.canonical import canonical_json
 from pipeline.storage.objects import Location
 from pipeline.store import open_store
@@ -37,6 +39,13 @@ CHECKPOINT, LOSS_FILE, RUN_FILE, ENCODER = (
     "run.json",
     "encoder",
 )
+Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
+# What attention is given in each.
+_ATTENTION_DTYPE = {
+    "32-true": torch.float32,
+    "bf16-mixed": torch.bfloat16,
+    "16-mixed": torch.float16,
+}
 _BATCH_TILES = 8
 _LOSS_COLUMNS = ("step", "loss", "tokens", "learning_rate")
 
@@ -45,7 +54,15 @@ class TrainConfig(Frozen):
     """The whole configuration of `aptile train`."""
 
     partition: str = Field("default", description="The store's partition that becomes tokens.")
+    modalities: tuple[Identifier, ...] | None = Field(
+        None,
+        min_length=1,
+        description="Modalities that are read, with all their band sets; all that have tokens if not given.",
+    )
     size: Size = Field("nano", description="Encoder size: nano, tiny, small, base or large.")
+    encoder: EncoderChoices = Field(
+        EncoderChoices(), description="How the encoder is built, beside its size."
+    )
     steps: int = Field(300, ge=1, description="Optimiser steps of the whole run.")
     batch_tokens: int | None = Field(
         None, ge=1, description="Most tokens of a step; no tile may have more."
@@ -56,11 +73,24 @@ class TrainConfig(Frozen):
     split: str | tuple[str, ...] | None = Field(
         None, description="Train on the tiles of these splits only; on all tiles if not given."
     )
+    augment: Augmentation | None = Field(
+        None, description="What is done to tiles at random; nothing if not given."
+    )
     learning_rate: float = Field(2e-3, gt=0, description="Peak learning rate of AdamW.")
     warmup_steps: int = Field(20, ge=0, description="Steps of linear warm-up before cosine decay.")
     weight_decay: float = Field(0.02, ge=0, description="Weight decay of AdamW.")
     hidden_share: float = Field(0.5, gt=0, lt=1, description="Share of a tile's tokens to predict.")
-    seed: int = Field(0, ge=0, description="Fixes initial weights, the order of tiles and masks.")
+    seed: int = Field(
+        0,
+        ge=0,
+        description="Fixes initial weights, the order of tiles, masks and all else that is drawn.",
+    )
+    precision: Precision | None = Field(
+        None,
+        description="32-true, bf16-mixed or 16-mixed (CUDA only); if not given, bf16-mixed on CUDA and "
+        "32-true elsewhere.",
+    )
+    compile: bool = Field(False, description="Compile the transformer blocks with torch.compile.")
     checkpoint_every: int = Field(100, ge=1, description="Steps between checkpoints.")
 
     @model_validator(mode="after")
@@ -74,6 +104,16 @@ class TrainConfig(Frozen):
                 f"batch_tokens is {self.batch_tokens} and batch_tiles is {self.batch_tiles}; "
                 "give one of them"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _encoder_fits_its_size(self) -> "TrainConfig":
+        width, depth = SIZES[self.size]
+        try:
+            EncoderOptions(width=width, depth=depth, **self.encoder.model_dump())
+        except ValidationError as error:
+            reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+            raise ValueError(f"encoder: {reason}") from None
         return self
 
     @property
@@ -105,10 +145,15 @@ class Pretraining(pl.LightningModule):
         self.objective = MaskedPrediction(APTEncoder(encoder))
 
     def training_step(self, batch: TokenBatch, batch_index: int) -> dict[str, Any]:
-        masking = random_masking(
+        # What layers draw depends on the step alone, so that a run that was stopped goes on the same.
+        torch.manual_seed(self._seed_of_step)
+        return {"loss": self.objective(batch), "tokens": batch.num_tokens}
+
+    def on_before_batch_transfer(self, batch: TokenBatch, dataloader_idx: int) -> TokenBatch:
+        # Masks are drawn on the CPU; a GPU would have to be waited for.
+        return random_masking(
             batch, self.config.hidden_share, (self.config.seed, self.global_step)
         )
-        return {"loss": self.objective(batch, masking), "tokens": batch.num_tokens}
 
     def transfer_batch_to_device(
         self, batch: TokenBatch, device: torch.device, dataloader_idx: int
@@ -125,6 +170,11 @@ class Pretraining(pl.LightningModule):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": schedule, "interval": "step"},
         }
+
+    @property
+    def _seed_of_step(self) -> int:
+        words = np.random.SeedSequence((self.config.seed, self.global_step)).generate_state(2)
+        return int(words[0]) << 32 | int(words[1])
 
     def _rate(self, step: int) -> float:
         """Share of the peak learning rate at a step."""
@@ -188,11 +238,15 @@ def train(
     something else, or a run of another configuration or other data.
     """
     opened = open_store(store)
-    modality = opened.tokenized[0]
-    dataset = TileDataset(opened, config.partition, {modality: [""]}, config.split)
+    chosen_precision(config.precision)
+    dataset = TileDataset(
+        opened, config.partition, config.modalities, config.split, augment=config.augment
+    )
     if len(dataset) == 0:
         raise StoreError(f"{store}: the store has no tiles to train from")
-    encoder = EncoderConfig.for_store(opened, modality, config.size)
+    encoder = EncoderConfig.for_store(
+        opened, config.modalities, config.size, **config.encoder.model_dump()
+    )
     _claim_folder(out, config, encoder, opened.digest)
     done = _steps_done(out)
     # A run that was killed between its last checkpoint and its export still lacks the encoder.
@@ -206,10 +260,24 @@ def train(
     )
 
 
-def attention_name() -> str:
+def attention_name(precision: Precision | None = None) -> str:
     """The attention a run on this machine uses, for the log."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return choose_attention(device).__name__.strip("_")
+    attend = choose_attention(device, _ATTENTION_DTYPE[chosen_precision(precision)])
+    return attend.__name__.strip("_")
+
+
+def chosen_precision(wanted: Precision | None) -> Precision:
+    """What is computed in on this machine; ConfigError for what it cannot do."""
+    if wanted is None:
+        # The packed attention kernels of CUDA take 16-bit numbers only.
+        return "bf16-mixed" if torch.cuda.is_available() else "32-true"
+    if wanted == "16-mixed" and not torch.cuda.is_available():
+        raise ConfigError(
+            "precision is 16-mixed, which needs a CUDA device, and there is none; give bf16-mixed or "
+            "32-true"
+        )
+    return wanted
 
 
 def _fit(
@@ -236,8 +304,7 @@ def _fit(
         trainer = pl.Trainer(
             accelerator="cuda" if torch.cuda.is_available() else "cpu",
             devices=1,
-            # The packed attention kernels of CUDA take 16-bit numbers only.
-            precision="bf16-mixed" if torch.cuda.is_available() else "32-true",
+            precision=chosen_precision(config.precision),
             max_steps=config.steps,
             # Epochs of a token budget differ in their number of steps.
             reload_dataloaders_every_n_epochs=1,
@@ -249,6 +316,8 @@ def _fit(
             plugins=[SafetensorsCheckpointIO()],
         )
         module = Pretraining(config, encoder)
+        if config.compile:
+            module.objective.compile_blocks()
         try:
             trainer.fit(module, stream, ckpt_path=str(out / CHECKPOINT) if done else None)
         except SystemExit:

@@ -56,7 +56,7 @@ def train(
 
 def train_store(store: Location, out: Path, settings: TrainConfig) -> TrainReport:
     """Train with a progress bar, and say what came of it."""
-    note(f"attention: {attention_name()}")
+    note(f"attention: {attention_name(settings.precision)}")
     with progress_bar("steps") as bar:
         task = bar.add_task("train", total=settings.steps, extra="")
         report = run_training(
