@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
 from model.batch import DECODER, ONLINE, TokenBatch
+from model.blocks import BlockStack
 from model.config import EncoderConfig, group_name
 from model.encoder import APTEncoder
 from model.kernels import resize_kernel
