@@ -151,9 +151,10 @@ class EncoderOptions(EncoderChoices):
 
     @model_validator(mode="after")
     def _some_block_is_global(self) -> Self:
-        if self.global_every is not None and self.global_every > self.depth:
+        every = self.global_every
+        if every is not None and every > self.depth:
             raise ValueError(
-                f"global_every is {self.global_every}, and no block of {self.depth} would be global; it must "
+                f"global_every is {every}, and no block of {self.depth} would be global; it must "
                 f"be at most depth, {self.depth}"
             )
         return self

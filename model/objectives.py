@@ -32,8 +32,8 @@ _NOBODY = -1
 def random_masking(batch: TokenBatch, hidden_share: float, seed: tuple[int, ...]) -> TokenBatch:
     """The batch with `round(hidden_share * n)` of each tile's `n` visible tokens hidden (`DECODER`).
 
-    At least one and never all; a tile of one token keeps it visible. Visible are those marked `ONLINE`; other
-    marks stay. The choice is a pure function of `seed` and of which tokens are visible.
+    At least one and never all; a tile of one token keeps it visible. Visible are those marked `ONLINE`;
+    other marks stay. The choice is a pure function of `seed` and of which tokens are visible.
     """
     mask = batch.mask.cpu().numpy().copy()
     visible = np.flatnonzero(mask == ONLINE)

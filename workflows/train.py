@@ -5,8 +5,9 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from model.training import LOSS_FILE, TrainConfig, TrainReport, attention_name
+from model.training import LOSS_FILE, TrainReport
 from model.training import train as run_training
+from model.training_config import TrainConfig, attention_name
 from pipeline.errors import EXIT_OK
 from pipeline.settings.loading import load_config
 from pipeline.storage.objects import Location

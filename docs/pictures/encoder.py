@@ -1,8 +1,8 @@
 """Draws every stage between the pixels of real tiles and their tokens, for docs/encoder.md.
 
-`python docs/pictures/encoder.py DATA` writes encoder-*.png beside itself. DATA holds the folders `satclip` and
-`s2cloudless` (docs/how-to/satclip.md and s2cloudless.md say what they are). The encoder of the pictures is
-trained for `STEPS` steps; everything is a function of the data and the seed.
+`python docs/pictures/encoder.py DATA` writes encoder-*.png beside itself. DATA holds the folders `satclip`
+and `s2cloudless` (docs/how-to says what they are). Where a picture needs a trained encoder, it is one of
+`STEPS` steps; everything is a function of the data and the seed.
 """
 
 import io
@@ -24,7 +24,8 @@ from torch import Tensor
 
 from model import APTEncoder, EncoderConfig, TileDataset, TokenBatch, scatter_to_grid
 from model.objectives import random_masking
-from model.training import ENCODER, TrainConfig, train
+from model.training import ENCODER, train
+from model.training_config import TrainConfig
 from pipeline.overlay import display_bands, stretched
 from workflows.cli import main as aptile
 

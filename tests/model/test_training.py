@@ -15,7 +15,8 @@ from model.config import EncoderConfig
 from model.data import TileDataset
 from model.encoder import APTEncoder
 from model.objectives import MaskedPrediction, random_masking
-from model.training import Pretraining, TrainConfig, train
+from model.training import Pretraining, train
+from model.training_config import TrainConfig
 from pipeline.errors import ConfigError, StoreError
 from pipeline.store import open_store
 
@@ -175,7 +176,8 @@ def test_a_killed_process_leaves_a_run_that_goes_on(chip_store, tmp_path):
     script = """
 import os, sys
 from pathlib import Path
-from model.training import TrainConfig, train
+from model.training import train
+from model.training_config import TrainConfig
 config = TrainConfig.model_validate_json(sys.argv[3])
 train(Path(sys.argv[1]), Path(sys.argv[2]), config, lambda step, loss: step == 7 and os._exit(9))
 """
