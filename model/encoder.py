@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from model.batch import BandSetPixels, ModalityFrames, TokenBatch
+from model.batch import ONLINE, BandSetPixels, ModalityFrames, TokenBatch, cumulative_lengths
 from model.blocks import BlockStack
 from model.config import REFERENCE_DISTANCE_M, EncoderConfig, group_name
 from model.embed import CompositeEncoding, PatchEmbedding, PixelNormalization
@@ -61,9 +61,16 @@ class APTEncoder(nn.Module):
         "online" sees those marked `ONLINE`, "target" all but `MISSING`. Raises ConfigError for a
         modality, band set or bands the encoder was not made for.
         """
-        tokens = self.stack(self.embed(batch), batch.cu_seqlens, batch.max_seqlen)
         tile = torch.arange(batch.num_tiles, device=batch.device)
-        return Encoded(tokens, None, None, None, tile, torch.full_like(tile, -1))
+        embedded, visible, cu_seqlens = self.embed(batch), None, batch.cu_seqlens
+        if batch.masked:
+            seen = batch.mask == ONLINE
+            visible = seen.nonzero()[:, 0]
+            embedded = embedded.index_select(0, visible)
+            counts = torch.bincount(batch.tile_of_token[visible], minlength=batch.num_tiles)
+            cu_seqlens = cumulative_lengths(counts)
+        tokens = self.stack(embedded, cu_seqlens, batch.max_seqlen)
+        return Encoded(tokens, visible, None, None, tile, torch.full_like(tile, -1))
 
     def embed(self, batch: TokenBatch) -> Tensor:
         """Embedded, encoded and merged tokens [N, D], before any token saw another."""
@@ -71,7 +78,7 @@ class APTEncoder(nn.Module):
             self.embedding[name](*self.pixels(batch, m, b)) + self._base_encoding(batch, m, name)
             for m, b, name in self._groups(batch)
         ]
-        return self.merge(torch.cat(rows), batch)
+        return self.merge(rows, batch)
 
     def token_encoding(self, batch: TokenBatch) -> Tensor:
         """[N, D]: the encoding of every token's place, at its leaf's centre."""

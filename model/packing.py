@@ -7,13 +7,8 @@ from itertools import accumulate
 import numpy as np
 import torch
 
-from model.batch import (
-    ONLINE,
-    BandSetPixels,
-    LabelFrames,
-    ModalityFrames,
-    TokenBatch,
-)
+from model.batch import ONLINE, TokenBatch
+from model.frames import BandSetPixels, LabelFrames, ModalityFrames
 from pipeline import segments
 from pipeline.grid import BaseGrid
 from pipeline.storage.tiles import expand
@@ -193,6 +188,7 @@ def _modality(frames: FrameArrays, leaves: _Leaves) -> ModalityFrames:
         timestep=torch.from_numpy(frames.timestep),
         timestamps=torch.from_numpy(frames.timestamps),
         tokens_per_scale=tuple(map(int, per_scale)),
+        num_timesteps=int(frames.timestep.max(initial=0)) + 1,
     )
 
 

@@ -7,13 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.batch import (
-    BandSetPixels,
-    LabelFrames,
-    ModalityFrames,
-    TokenBatch,
-    cumulative_lengths,
-)
+from model.batch import TokenBatch, cumulative_lengths
+from model.frames import BandSetPixels, LabelFrames, ModalityFrames
 from pipeline.errors import ConfigError
 
 
@@ -112,6 +107,7 @@ def join(
         ),
         normalized=structure.normalized,
         skipped=sum((b.skipped for b in batches), skipped),
+        masked=any(b.masked for b in batches),
     )
 
 
@@ -149,6 +145,7 @@ def _frames_of(like: ModalityFrames, parts: Sequence[ModalityFrames]) -> Modalit
         timestep=_cat(like.timestep, [p.timestep for p in parts]),
         timestamps=_cat(like.timestamps, [p.timestamps for p in parts]),
         tokens_per_scale=tuple(map(sum, zip(*per_scale, strict=True))),
+        num_timesteps=max((p.num_timesteps for p in parts), default=1),
     )
 
 

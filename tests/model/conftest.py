@@ -88,20 +88,28 @@ class Tiles:
             (f, leaf) for f, leaves in enumerate(self.leaves) for leaf in leaves if not leaf.missing
         ]
 
+    def merging_order(self) -> list[tuple[int, Leaf]]:
+        """(frame, leaf) of every token, scale by scale."""
+        return sorted(self.present(), key=lambda token: token[1].scale)
+
+    def rows(self) -> list[tuple[int, int, int]]:
+        """(frame, y, x) of every base cell below a token, in merging order."""
+        return [(f, y, x) for f, leaf in self.merging_order() for y, x in leaf.cells()]
+
     def pack(self) -> TokenBatch:
         return pack(TileArrays(np.arange(self.num_tiles), [self.arrays()]))
 
     def arrays(self) -> FrameArrays:
         """The frames as they are read from a store, of modality "image"."""
-        frames, owner = self.frames, np.array(self.tile_and_timestep, np.int64)
+        frames, owner = self.frames, np.array(self.tile_and_timestep, np.int64).reshape(-1, 2)
         present = np.ones(frames.pixels.shape[:2], np.bool_)
         bands = tuple(f"B{band}" for band in range(present.shape[1]))
         return FrameArrays(
             name="image",
             grid=self.grid,
             band_sets=[BandSetArrays("", bands, frames.pixels, frames.valid, present)],
-            scales=np.concatenate(frames.scales),
-            counts=np.array([len(scales) for scales in frames.scales]),
+            scales=np.concatenate([np.empty(0, np.uint8), *frames.scales]),
+            counts=np.array([len(scales) for scales in frames.scales], np.int64),
             tile=owner[:, 0].copy(),
             timestep=owner[:, 1].copy(),
             timestamps=np.full((len(owner), 3), -1, np.int32),
@@ -188,10 +196,85 @@ def build_tiles(
         frames_per_tile=np.array([num_frames for num_frames, _ in tiles]),
         frames=Frames(
             rng.integers(0, HIGHEST, shape, np.uint16),
-            np.array([_valid(rng, grid, of_frame) for of_frame in leaves]),
+            np.array([_valid(rng, grid, of_frame) for of_frame in leaves], np.bool_).reshape(
+                -1, *grid.shape_px
+            ),
             [_scales(of_frame) for of_frame in leaves],
         ),
         leaves=leaves,
+    )
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Modalities "m0", "m1", ... of the same tiles, each with quadtrees and band sets of its own."""
+
+    modalities: list[Tiles]
+    band_sets: tuple[int, ...]
+
+    def __repr__(self) -> str:
+        return f"Groups({self.modalities}, band_sets={self.band_sets})"
+
+    @property
+    def num_tiles(self) -> int:
+        return self.modalities[0].num_tiles
+
+    @property
+    def numbers(self) -> list[tuple[int, int]]:
+        """(modality, band set) of every group."""
+        return [(m, b) for m, sets in enumerate(self.band_sets) for b in range(sets)]
+
+    def tokens(self) -> list[tuple[int, int, int, Leaf]]:
+        """(modality, band set, frame, leaf) of every token, in the batch's order."""
+        return [
+            (m, b, f, leaf)
+            for tile in range(self.num_tiles)
+            for m, b in self.numbers
+            for f, leaf in self.modalities[m].present()
+            if self.modalities[m].tile_and_timestep[f][0] == tile
+        ]
+
+    def pack(self) -> TokenBatch:
+        return pack(
+            TileArrays(
+                np.arange(self.num_tiles), list(map(self._arrays, range(len(self.modalities))))
+            )
+        )
+
+    def _arrays(self, modality: int) -> FrameArrays:
+        arrays = self.modalities[modality].arrays()
+        (first,) = arrays.band_sets
+        return replace(
+            arrays,
+            name=f"m{modality}",
+            band_sets=[
+                replace(first, name=f"set{b}" if b else "", pixels=first.pixels + np.uint16(b))
+                for b in range(self.band_sets[modality])
+            ],
+        )
+
+
+def build_groups(seed: int, num_tiles: int, modalities: Sequence[tuple[int, int, int]]) -> Groups:
+    """Random groups; `modalities` gives (scales, band sets, most frames of a tile) of each.
+
+    A tile may have no frame of a modality, and frames no token.
+    """
+    rng = np.random.default_rng(seed)
+    return Groups(
+        [
+            build_tiles(
+                seed=seed + number,
+                tiles=[
+                    (int(rng.integers(0, frames + 1)), float(rng.choice([0.0, 0.3, 1.0])))
+                    for _ in range(num_tiles)
+                ],
+                num_roots=(1, 2) if num_scales < 3 else (1, 1),
+                num_scales=num_scales,
+                split_share=float(rng.choice([0.0, 0.5, 0.5, 1.0])),
+            )
+            for number, (num_scales, _, frames) in enumerate(modalities)
+        ],
+        tuple(band_sets for _, band_sets, _ in modalities),
     )
 
 
@@ -269,4 +352,24 @@ def tilesets() -> st.SearchStrategy[Tiles]:
         base_patch_size=st.sampled_from([1, 2, 3]),
         num_scales=st.integers(1, 3),
         split_share=st.sampled_from([0.0, 0.6, 1.0]),
+    )
+
+
+@pytest.fixture(scope="session")
+def make_groups() -> Callable[..., Groups]:
+    return build_groups
+
+
+@pytest.fixture(scope="session")
+def groupsets() -> st.SearchStrategy[Groups]:
+    """Up to three modalities of one to four scales, in one or two band sets, each maybe absent."""
+    return st.builds(
+        build_groups,
+        seed=st.integers(0, 2**31),
+        num_tiles=st.integers(1, 3),
+        modalities=st.lists(
+            st.tuples(st.integers(1, 4), st.integers(1, 2), st.integers(0, 2)),
+            min_size=1,
+            max_size=3,
+        ),
     )
