@@ -32,7 +32,9 @@ def cut(frames: Tensor, grid: BaseGrid, places: Tensor) -> Tensor:
         frames = frames.view(SIGNED[kind])
     frames = _whole_cells(frames, grid)
     p = frames.shape[-1] // grid.cols
-    wide = None if frames.requires_grad else _OF_BYTES.get(p * frames.itemsize)
+    # Arrays without frames may have strides that cannot be seen as another type's.
+    plain = frames.requires_grad or not frames.numel()
+    wide = None if plain else _OF_BYTES.get(p * frames.itemsize)
     # A row of a cell moves as one number, and a cell as one row of memory: both several times faster
     # than indexing px by px.
     moved = frames if wide is None else frames.contiguous().view(wide)
