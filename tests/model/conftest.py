@@ -414,7 +414,7 @@ def build_groups(seed: int, num_tiles: int, modalities: Sequence[tuple[int, int,
                     (int(rng.integers(0, frames + 1)), float(rng.choice([0.0, 0.3, 1.0])))
                     for _ in range(num_tiles)
                 ],
-                num_roots=(1, 2) if num_scales < 3 else (1, 1),
+                num_roots=(1, 2) if num_scales < 4 else (1, 1),
                 num_scales=num_scales,
                 split_share=float(rng.choice([0.0, 0.5, 0.5, 1.0])),
             )
