@@ -1,152 +1,103 @@
 """The APT encoder: pixels of a packed batch in, one vector per token out.
 
 Embed every base cell, add encodings, merge runs into tokens, run pre-norm transformer blocks over the
-packed sequence. Shape suffixes are those of `model.batch`.
+packed sequences. This module only wires; each step has a module of its own. Shape suffixes are those of
+`model.batch`.
 """
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal, Self
+from typing import Self
 
 import torch
-from pydantic import Field, ValidationError
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from model.attention import choose_attention
-from model.batch import TokenBatch, only_group
-from model.embed import REFERENCE_DISTANCE_M, CompositeEncoding, PatchEmbedding, PixelNormalization
+from model.batch import TokenBatch
+from model.blocks import BlockStack, Rotary
+from model.config import EncoderConfig, group_name
+from model.embed import PatchEmbedding, PixelNormalization, normalised_cells, normalised_nodes
+from model.encoded import Encoded
+from model.encodings import CompositeEncodings, SizePosition, rotary_tables
 from model.merge import RunMerge
+from model.prefix import PrefixTokens
+from model.sequences import See, plan, windowed
 from pipeline.errors import ConfigError
-from pipeline.scorers.config import Frozen
 from pipeline.settings.canonical import canonical_json
-from pipeline.store import Store
 
-Size = Literal["nano", "tiny", "small", "base", "large"]
-# Width and number of blocks; heads are 64 wide.
-SIZES: dict[str, tuple[int, int]] = {
-    "nano": (128, 4),
-    "tiny": (192, 12),
-    "small": (384, 12),
-    "base": (768, 12),
-    "large": (1024, 24),
-}
-HEAD_WIDTH = 64
-MLP_RATIO = 4
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
 
 
-class EncoderConfig(Frozen):
-    """What fixes the encoder's weights and how it reads pixels."""
-
-    width: int = Field(128, ge=HEAD_WIDTH, multiple_of=HEAD_WIDTH, description="Width of a token.")
-    depth: int = Field(4, ge=1, description="Transformer blocks.")
-    value_range: tuple[tuple[float, float], ...] = Field(
-        description="(low, high) of every band in the archive's own numbers."
-    )
-    base_patch_size: int = Field(ge=1, description="Side of a base cell in px.")
-    ground_sample_distance_m: float | None = Field(
-        None, gt=0, description="Pixel size in metres; positions count pixels as 10 m without it."
-    )
-
-    @classmethod
-    def for_store(cls, store: Store, modality: str, size: Size) -> Self:
-        """The configuration of an encoder of that size for the first band set of a store's modality."""
-        width, depth = SIZES[size]
-        entry = store.header["modalities"][modality]
-        # Those of the first band set come first.
-        ranges = entry["value_range"][: len(store.layout_of(modality).bands)]
-        return cls(
-            width=width,
-            depth=depth,
-            value_range=tuple((float(low), float(high)) for low, high in ranges),
-            base_patch_size=entry["base_patch_size"],
-            ground_sample_distance_m=entry["ground_sample_distance_m"],
-        )
-
-    @property
-    def metres_per_cell(self) -> float:
-        return self.base_patch_size * (self.ground_sample_distance_m or REFERENCE_DISTANCE_M)
-
-
-class Block(nn.Module):
-    """Pre-norm transformer block over packed tokens."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.num_heads = width // HEAD_WIDTH
-        self.norm1 = nn.LayerNorm(width)
-        self.qkv = nn.Linear(width, 3 * width)
-        self.projection = nn.Linear(width, width)
-        self.norm2 = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(
-            nn.Linear(width, MLP_RATIO * width), nn.GELU(), nn.Linear(MLP_RATIO * width, width)
-        )
-
-    def forward(self, x_ND: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-        attend = choose_attention(x_ND.device.type)
-        qkv = self.qkv(self.norm1(x_ND)).view(-1, 3, self.num_heads, HEAD_WIDTH)
-        q_NHK, k_NHK, v_NHK = qkv.unbind(1)
-        attended = attend(q_NHK, k_NHK, v_NHK, cu_seqlens, max_seqlen)
-        x_ND = x_ND + self.projection(attended.flatten(1))
-        return x_ND + self.mlp(self.norm2(x_ND))
-
-
-class BlockStack(nn.Module):
-    """Blocks and a final norm."""
-
-    def __init__(self, width: int, depth: int) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(Block(width) for _ in range(depth))
-        self.norm = nn.LayerNorm(width)
-
-    def forward(self, x_ND: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-        for block in self.blocks:
-            x_ND = block(x_ND, cu_seqlens, max_seqlen)
-        return self.norm(x_ND)
-
-
 class APTEncoder(nn.Module):
-    """Adaptive patch transformer: `encoder(batch)` gives [N, D] in the order of the batch's tokens.
+    """Adaptive patch transformer: `encoder(batch)` gives tokens in the order of the batch's.
 
-    Invalid pixels and missing leaves cannot change any output. `model.upsample.scatter_to_grid`
-    brings tokens back to the base grid.
+    A batch may lack modalities, band sets and dates; what is absent has no token. Invalid pixels and
+    missing leaves cannot change any output. `model.upsample` brings tokens back to the base grid.
     """
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         self.config = config
-        self.normalization = PixelNormalization(config.value_range)
-        self.embedding = PatchEmbedding(
-            len(config.value_range), config.base_patch_size, config.width
+        sets = {group_name(m.name, s.name): s for m in config.modalities for s in m.band_sets}
+        self.normalization = nn.ModuleDict(
+            {name: PixelNormalization(of.value_range) for name, of in sets.items()}
         )
-        self.encoding = CompositeEncoding(config.width, config.metres_per_cell)
-        self.merge = RunMerge(config.width)
-        self.stack = BlockStack(config.width, config.depth)
+        self.embedding = nn.ModuleDict(
+            {
+                name: PatchEmbedding(len(of.bands), config.kernel_px, config.width)
+                for name, of in sets.items()
+            }
+        )
+        self.encoding = CompositeEncodings(config)
+        self.merge = RunMerge(config.width, config.merge, config.merge_levels, config.merge_init)
+        self.size_position = SizePosition(config.width) if config.size_position else None
+        self.prefix = PrefixTokens(config) if config.num_prefix else None
+        self.stack = BlockStack(config, config.depth)
 
-    def forward(self, batch: TokenBatch) -> Tensor:
-        return self.stack(self.tokens(batch), batch.cu_seqlens, batch.max_seqlen)
+    def forward(self, batch: TokenBatch, see: See = "online") -> Encoded:
+        """The tokens a batch's mask lets be seen, encoded; the others take no part in anything.
 
-    def tokens(self, batch: TokenBatch) -> Tensor:
-        """Embedded, encoded and merged tokens [N, D], before any token saw another."""
-        pixels_MCPP, valid_MPP = self.pixels(batch)
-        base_MD = self.embedding(pixels_MCPP, valid_MPP) + self._base_encoding(batch)
-        return self.merge(base_MD, batch)
-
-    def pixels(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
-        """Normalised pixels [M, C, P, P], 0 where invalid or dropped, and validity [M, P, P].
-
-        Raises ConfigError for a batch of several modalities or band sets.
+        "online" sees those marked `ONLINE`, "target" all but `MISSING`. Raises ConfigError for a
+        modality, band set or bands the encoder was not made for.
         """
-        frames = only_group(batch, "APTEncoder")
-        pixels_MCPP, valid_MPP = batch.cells(0, 0)
-        frame = batch.cell_index(0) // frames.grid.num_cells
-        present_MC = frames.band_sets[0].band_present.index_select(0, frame)
-        there_MCPP = valid_MPP[:, None] & present_MC[:, :, None, None]
-        if batch.normalized:
-            return torch.where(there_MCPP, pixels_MCPP.float(), 0), valid_MPP
-        return self.normalization(pixels_MCPP, there_MCPP), valid_MPP
+        tokens_ND = self.embed(batch)
+        sequences = plan(batch, self.config.sequences, see, self.config.num_prefix)
+        prefix_SRD = None if self.prefix is None else self.prefix(batch, sequences.tile)
+        rotary, sides = self.rotary(batch), self.config.windows
+        encoded = self.stack(
+            sequences.put(sequences.see(tokens_ND), prefix_SRD),
+            sequences.packed,
+            None if rotary is None else sequences.put_rotary(*rotary),
+            None if sides is None else windowed(batch, sequences, sides),
+        )
+        tokens_VD, prefix_SRD = sequences.take(encoded)
+        parts = (None, None) if self.prefix is None else self.prefix.parts(prefix_SRD)
+        return Encoded(tokens_VD, sequences.visible, *parts, sequences.tile, sequences.timestep)
+
+    def embed(self, batch: TokenBatch) -> Tensor:
+        """Embedded, encoded and merged tokens [N, D], before any token saw another."""
+        rows = [self._base_rows(batch, m, b, name) for m, b, name in self._groups(batch)]
+        resized_ND = self._resized(batch) if self.config.merge_init == "zero" else None
+        tokens_ND: Tensor = self.merge(rows, batch, resized_ND)
+        if self.size_position is not None:
+            tokens_ND = tokens_ND + self.size_position(batch)
+        return tokens_ND
+
+    def token_encoding(self, batch: TokenBatch) -> Tensor:
+        """[N, D]: the encoding at every token's centre; with position "rotary" see `rotary` also."""
+        return self.encoding.tokens(batch)
+
+    def rotary(self, batch: TokenBatch) -> Rotary | None:
+        """cos and sin [N, 32] of the batch's tokens; None unless positions are rotations."""
+        return rotary_tables(batch, self.config) if self.config.position == "rotary" else None
+
+    def pixels(self, batch: TokenBatch, modality: int, band_set: int) -> tuple[Tensor, Tensor]:
+        """Normalised pixels [M, C, P, P] of a group, 0 where invalid or dropped, and validity [M, P, P]."""
+        normalization = self._normalization(batch, modality, band_set)
+        return normalised_cells(batch, modality, band_set, normalization)[:2]
 
     def save_pretrained(self, folder: Path) -> None:
         """Write `model.safetensors` and then `config.json` into `folder`."""
@@ -168,10 +119,46 @@ class APTEncoder(nn.Module):
             raise ConfigError(f"{folder}: not a saved encoder: {reason:.300}") from None
         return encoder
 
-    def _base_encoding(self, batch: TokenBatch) -> Tensor:
-        """[M, D]: the encoding of every base row."""
-        frames, index = batch.modalities[0], batch.cell_index(0)
-        cells = frames.grid.num_cells
-        yx = torch.tensor(frames.grid.cell_yx).to(index.device)
-        y, x = yx[index % cells].unbind(1)
-        return self.encoding(y, x, frames.timestep[index // cells])
+    def _groups(self, batch: TokenBatch) -> Iterator[tuple[int, int, str]]:
+        """(modality, band set, name) of every group of a batch, in the batch's order."""
+        for m, frames in enumerate(batch.modalities):
+            for b in range(len(frames.band_sets)):
+                yield m, b, self._name(batch, m, b)
+
+    def _name(self, batch: TokenBatch, modality: int, band_set: int) -> str:
+        """A group's name among the weights; ConfigError if the encoder was not made for it."""
+        frames = batch.modalities[modality]
+        chosen = frames.band_sets[band_set]
+        self.config.band_set(frames.name, chosen.name, chosen.bands)
+        return group_name(frames.name, chosen.name)
+
+    def _normalization(self, batch: TokenBatch, modality: int, band_set: int) -> PixelNormalization:
+        found = self.normalization[self._name(batch, modality, band_set)]
+        assert isinstance(found, PixelNormalization)
+        return found
+
+    def _base_rows(self, batch: TokenBatch, modality: int, band_set: int, name: str) -> Tensor:
+        """[M, D]: every base row of a group, embedded and encoded."""
+        frames = batch.modalities[modality]
+        normalization = self._normalization(batch, modality, band_set)
+        cells = normalised_cells(batch, modality, band_set, normalization)
+        onto_MD = self.encoding.base_rows(batch, modality)
+        vector_D = self.encoding.band_set_vector(frames.name, frames.band_sets[band_set].name)
+        rows_MD: Tensor = self.embedding[name](*cells, onto_MD, vector_D)
+        return rows_MD
+
+    def _resized(self, batch: TokenBatch) -> Tensor:
+        """[N, D]: of every coarse token its patch shrunk to base size, embedded, with its encoding."""
+        encoding_ND = self.encoding.tokens(batch)
+        tokens, rows = [], []
+        for m, b, name in self._groups(batch):
+            normalization = self._normalization(batch, m, b)
+            for scale in range(1, batch.modalities[m].grid.num_scales):
+                tokens.append(batch.tokens_by_scale(m, b, scale))
+                patches = normalised_nodes(batch, m, b, scale, normalization)
+                rows.append(self.embedding[name](*patches))
+        if not rows:
+            return encoding_ND
+        embedded, at = torch.cat(rows), torch.cat(tokens)
+        # Under autocast the embedding has fewer bits than the encoding.
+        return encoding_ND.index_add(0, at, embedded.to(encoding_ND.dtype))
