@@ -170,8 +170,10 @@ def loader_readers(kind: str, folder: Path, num_tiles: int, quick: bool) -> dict
     for name, copy in copies_of(kind, folder, num_tiles).items():
         if not copy.folder.exists():
             write(copy)
-        by = peers.by_first_mds if "first epoch" in name else read
-        for workers in (0,) if quick else (0, 2):
+        once = "first epoch" in name
+        by = peers.by_first_mds if once else read
+        # Worker processes would outlive the epoch whose files they unpack.
+        for workers in (0,) if quick or once else (0, 2):
             readers[f"random order: {kind}, {name}, {workers} workers"] = partial(
                 by, copy, BATCH_TILES, True, workers
             )
