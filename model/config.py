@@ -73,12 +73,12 @@ class EncoderChoices(Frozen):
         None, ge=2, description="With windows, every so manieth block sees the whole sequence."
     )
     merge: Literal["shared", "per_level"] = Field(
-        "shared", description="One merging convolution for all levels, or one for each."
+        "shared", description="One merging convolution for all levels, or stacks for each scale."
     )
     merge_levels: int | None = Field(
         None,
         ge=1,
-        description="Convolutions of merge 'per_level': scales of the quadtree less one.",
+        description="Largest scale merge 'per_level' has a stack for: scales of the quadtree less one.",
     )
     merge_init: Literal["average", "kaiming", "zero"] = Field(
         "average",
