@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from model.batch import ModalityFrames, TokenBatch
+from model.batch import TokenBatch
 from model.config import EncoderConfig, group_name
+from model.frames import ModalityFrames
 from model.places import (
     node_centres,
     node_of_token,

@@ -7,13 +7,8 @@ from itertools import accumulate
 import numpy as np
 import torch
 
-from model.batch import (
-    ONLINE,
-    BandSetPixels,
-    LabelFrames,
-    ModalityFrames,
-    TokenBatch,
-)
+from model.batch import ONLINE, TokenBatch
+from model.frames import BandSetPixels, LabelFrames, ModalityFrames
 from pipeline import segments
 from pipeline.grid import BaseGrid
 from pipeline.storage.tiles import expand
@@ -39,7 +34,8 @@ class FrameArrays:
 
     `scales` uint8 [leaf] holds the leaves frame after frame, `counts` int64 [F] of each; every frame's
     cover its whole `grid`, missing ones included. `tile` int64 [F] is the frame's tile in the batch,
-    ascending; `timestep` int64 [F]; `timestamps` int32 [F, 3] as in `ModalityFrames`.
+    ascending; `timestep` int64 [F]; `timestamps` int32 [F, 3] and `static` as in
+    `ModalityFrames`.
     """
 
     name: str
@@ -50,6 +46,7 @@ class FrameArrays:
     tile: np.ndarray
     timestep: np.ndarray
     timestamps: np.ndarray
+    static: bool = False
 
 
 @dataclass
@@ -196,6 +193,8 @@ def _modality(frames: FrameArrays, leaves: _Leaves) -> ModalityFrames:
         timestep=torch.from_numpy(frames.timestep),
         timestamps=torch.from_numpy(frames.timestamps),
         tokens_per_scale=tuple(map(int, per_scale)),
+        num_timesteps=int(frames.timestep.max(initial=0)) + 1,
+        static=frames.static,
     )
 
 
