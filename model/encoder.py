@@ -5,27 +5,20 @@ packed sequences. This module only wires; each step has a module of its own. Sha
 `model.batch`.
 """
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, Self
 
 import torch
-from pydantic import ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from model import pretrained
 from model.batch import BandSetPixels, ModalityFrames, TokenBatch
 from model.blocks import BlockStack
 from model.config import REFERENCE_DISTANCE_M, EncoderConfig, group_name
 from model.embed import CompositeEncoding, PatchEmbedding, PixelNormalization
 from model.encoded import Encoded
 from model.merge import RunMerge
-from pipeline.errors import ConfigError
-from pipeline.settings.canonical import canonical_json
-
-WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
 
 
 class APTEncoder(nn.Module):
@@ -103,24 +96,13 @@ class APTEncoder(nn.Module):
         return normalization(pixels_MCPP, there_MCPP), valid_MPP
 
     def save_pretrained(self, folder: Path) -> None:
-        """Write `model.safetensors` and then `config.json` into `folder`."""
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(self.state_dict(), folder / WEIGHTS_FILE)
-        text = json.dumps(json.loads(canonical_json(self.config.model_dump())), indent=2)
-        (folder / CONFIG_FILE).write_text(text + "\n")
+        """Write the encoder into `folder`, as `model.pretrained.save` says."""
+        pretrained.save(self, folder)
 
     @classmethod
     def from_pretrained(cls, folder: Path) -> Self:
         """The encoder written by `save_pretrained`; ConfigError if its files are not one."""
-        try:
-            config = EncoderConfig.model_validate_json((folder / CONFIG_FILE).read_bytes())
-            weights = load_file(folder / WEIGHTS_FILE)
-            encoder = cls(config)
-            encoder.load_state_dict(weights)
-        except (OSError, ValidationError, RuntimeError, SafetensorError) as error:
-            reason = " ".join(str(error).split())
-            raise ConfigError(f"{folder}: not a saved encoder: {reason:.300}") from None
-        return encoder
+        return pretrained.load(cls, folder)
 
     def _groups(self, batch: TokenBatch) -> Iterator[tuple[int, int, str]]:
         """(modality, band set, name) of every group of a batch, in the batch's order."""
