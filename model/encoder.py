@@ -13,11 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from model import pretrained
-from model.batch import BandSetPixels, ModalityFrames, TokenBatch
+from model.batch import TokenBatch
 from model.blocks import BlockStack
-from model.config import REFERENCE_DISTANCE_M, EncoderConfig, group_name
-from model.embed import CompositeEncoding, PatchEmbedding, PixelNormalization
+from model.config import EncoderConfig, group_name
+from model.embed import PatchEmbedding, PixelNormalization, normalised_cells
 from model.encoded import Encoded
+from model.encodings import CompositeEncodings
+from model.frames import BandSetPixels, ModalityFrames
 from model.merge import RunMerge
 
 
@@ -42,9 +44,7 @@ class APTEncoder(nn.Module):
                 for n, (_, s) in zip(names, sets, strict=True)
             }
         )
-        self.encoding = nn.ModuleDict(
-            {n: CompositeEncoding(config.width, REFERENCE_DISTANCE_M) for n in names}
-        )
+        self.encoding = CompositeEncodings(config)
         self.merge = RunMerge(config.width)
         self.stack = BlockStack(config.width, config.depth)
 
@@ -60,40 +60,18 @@ class APTEncoder(nn.Module):
 
     def embed(self, batch: TokenBatch) -> Tensor:
         """Embedded, encoded and merged tokens [N, D], before any token saw another."""
-        rows = [
-            self.embedding[name](*self.pixels(batch, m, b)) + self._base_encoding(batch, m, name)
-            for m, b, name in self._groups(batch)
-        ]
-        return self.merge(torch.cat(rows), batch)
+        rows = [self._base_rows(batch, m, b, name) for m, b, name in self._groups(batch)]
+        return self.merge(rows, batch)
 
     def token_encoding(self, batch: TokenBatch) -> Tensor:
         """[N, D]: the encoding of every token's place, at its leaf's centre."""
-        y, x, scale, timestep = batch.positions.float().unbind(1)
-        middle = (2**scale - 1) / 2
-        encoding = torch.zeros(
-            batch.num_tokens, self.config.width, device=batch.device, dtype=torch.float32
-        )
-        for m, b, name in self._groups(batch):
-            at = batch.token_index(m, b)
-            units = self._units_per_cell(batch.modalities[m])
-            of_group = self.encoding[name](
-                (y + middle)[at] * units, (x + middle)[at] * units, timestep[at]
-            )
-            encoding = encoding.index_copy(0, at, of_group)
-        return encoding
+        return self.encoding.tokens(batch)
 
     def pixels(self, batch: TokenBatch, modality: int, band_set: int) -> tuple[Tensor, Tensor]:
         """Normalised pixels [M, C, P, P] of a group, 0 where invalid or dropped, and validity [M, P, P]."""
         frames = batch.modalities[modality]
-        chosen = frames.band_sets[band_set]
-        pixels_MCPP, valid_MPP = batch.cells(modality, band_set)
-        frame = batch.cell_index(modality) // frames.grid.num_cells
-        present_MC = chosen.band_present.index_select(0, frame)
-        there_MCPP = valid_MPP[:, None] & present_MC[:, :, None, None]
-        if batch.normalized:
-            return torch.where(there_MCPP, pixels_MCPP.float(), 0), valid_MPP
-        normalization = self.normalization[self._name(frames, chosen)]
-        return normalization(pixels_MCPP, there_MCPP), valid_MPP
+        name = self._name(frames, frames.band_sets[band_set])
+        return normalised_cells(batch, modality, band_set, self.normalization[name])[:2]
 
     def save_pretrained(self, folder: Path) -> None:
         """Write the encoder into `folder`, as `model.pretrained.save` says."""
@@ -114,14 +92,10 @@ class APTEncoder(nn.Module):
         self.config.band_set(frames.name, band_set.name, band_set.bands)
         return group_name(frames.name, band_set.name)
 
-    def _base_encoding(self, batch: TokenBatch, modality: int, name: str) -> Tensor:
-        """[M, D]: the encoding of every base row."""
-        frames, index = batch.modalities[modality], batch.cell_index(modality)
-        cells, units = frames.grid.num_cells, self._units_per_cell(frames)
-        yx = torch.tensor(frames.grid.cell_yx).to(index.device)
-        y, x = yx[index % cells].unbind(1)
-        return self.encoding[name](y * units, x * units, frames.timestep[index // cells])
-
-    def _units_per_cell(self, frames: ModalityFrames) -> float:
-        metres_per_px = self.config.modality(frames.name).metres_per_px
-        return frames.grid.base_patch_size * metres_per_px / REFERENCE_DISTANCE_M
+    def _base_rows(self, batch: TokenBatch, modality: int, band_set: int, name: str) -> Tensor:
+        """[M, D]: every base row of a group, embedded and encoded."""
+        frames = batch.modalities[modality]
+        cells = normalised_cells(batch, modality, band_set, self.normalization[name])
+        onto_MD = self.encoding.base_rows(batch, modality)
+        vector_D = self.encoding.band_set_vector(frames.name, frames.band_sets[band_set].name)
+        return self.embedding[name](*cells, onto_MD, vector_D)

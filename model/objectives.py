@@ -99,7 +99,7 @@ class MaskedPrediction(nn.Module):
         size = self.encoder.config.kernel_px
         if pixels.shape[-1] != size:
             pixels = interpolate(pixels, (size, size), mode="bilinear")
-        projected = average_runs(self.target_projection(pixels.flatten(1)), batch)
+        projected = average_runs([self.target_projection(pixels.flatten(1))], batch)
         lengths, tile = batch.cu_seqlens.diff(), batch.tile_of_token
         sums = projected.new_zeros(batch.num_tiles, TARGET_WIDTH).index_add(0, tile, projected)
         return projected - (sums / lengths.clamp(min=1)[:, None]).index_select(0, tile)

@@ -43,7 +43,12 @@ _MLP = {
 }
 _LAYER_SCALE = {"ls1.gamma": "scale1", "ls2.gamma": "scale2"}
 # Options under which a ViT of timm has a counterpart for everything but merging.
-_EXPORTABLE = {"position": "learned", "size_position": False, "location_token": False, "windows": None}
+_EXPORTABLE = {
+    "position": "learned",
+    "size_position": False,
+    "location_token": False,
+    "windows": None,
+}
 
 
 def value_range(mean: Sequence[float], std: Sequence[float]) -> tuple[tuple[float, float], ...]:
@@ -101,9 +106,7 @@ def export_vit(encoder: APTEncoder) -> dict[str, Tensor]:
                 f"export_vit: {option} is {getattr(config, option)!r}; a VisionTransformer can only be made "
                 f"with {needed!r}"
             )
-    exported = {
-        theirs: state[ours] for theirs, ours in _same_names(config) if ours in state
-    }
+    exported = {theirs: state[ours] for theirs, ours in _same_names(config) if ours in state}
     kernel = state[f"embedding.{group}.weight"]
     exported["patch_embed.proj.weight"] = kernel[:, :-1]
     # Of patches that are valid everywhere the validity channel is a constant.

@@ -210,8 +210,9 @@ def train(
 
 def attention_name() -> str:
     """The attention a run on this machine uses, for the log."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return choose_attention(device).__name__.strip("_")
+    on_cuda = torch.cuda.is_available()
+    device, dtype = ("cuda", torch.bfloat16) if on_cuda else ("cpu", torch.float32)
+    return choose_attention(device, dtype).__name__
 
 
 def _fit(

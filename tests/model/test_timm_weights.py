@@ -180,7 +180,9 @@ def test_bands_must_be_as_many_as_channels():
     band_set = BandSetConfig(bands=("B0",), value_range=((0, 1),))
     one_band = ModalityConfig(name="image", band_sets=(band_set,))
     shapes, _ = timm_vits.golden("plain")
-    with pytest.raises(ConfigError, match=r"embedding.*\(128, 4, 4, 4\).*\(128, 2, 4, 4\).*1 bands"):
+    with pytest.raises(
+        ConfigError, match=r"embedding.*\(128, 4, 4, 4\).*\(128, 2, 4, 4\).*1 bands"
+    ):
         load_vit(timm_vits.weights(shapes), 2, one_band)
 
 
