@@ -16,7 +16,7 @@ Inputs timm wants as `(x - mean) / std` have the value range `value_range(mean, 
 
 from collections.abc import Iterator, Mapping, Sequence
 from math import isqrt
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -41,6 +41,8 @@ _MLP = {
     "gelu": {"mlp.fc1": "mlp.0", "mlp.fc2": "mlp.2"},
     "swiglu": {"mlp.fc1_g": "mlp.gate", "mlp.fc1_x": "mlp.value", "mlp.fc2": "mlp.out"},
 }
+# timm's qkv_bias and proj_bias may be False.
+_OPTIONAL = (".attn.qkv.bias", ".attn.proj.bias")
 _LAYER_SCALE = {"ls1.gamma": "scale1", "ls2.gamma": "scale2"}
 # Options under which a ViT of timm has a counterpart for everything but merging.
 _EXPORTABLE = {
@@ -73,7 +75,8 @@ def load_vit(
     Raises ConfigError for weights the encoder has no place for, such as a norm before the blocks or after
     pooling.
     """
-    given = _split_packed({n: w for n, w in weights.items() if not n.startswith("head.")})
+    body = _Weights({n: w for n, w in weights.items() if not n.startswith("head.")})
+    given = _split_packed(body)
     config = _config_of(given, num_heads, modality, cells, options)
     encoder = APTEncoder(config)
     state = encoder.state_dict()
@@ -92,10 +95,10 @@ def load_vit(
 def export_vit(encoder: APTEncoder) -> dict[str, Tensor]:
     """The encoder's weights as `state_dict()` of a VisionTransformer without a head.
 
-    With `pos_embed` for prefix tokens too (timm's default), zeros; MLPs of mlp "swiglu" are timm's `SwiGLU`.
+    `pos_embed` has rows for prefix tokens too (timm's default), zeros; MLPs "swiglu" are timm's `SwiGLU`.
     Weights of merging and of absent bands are left out.
 
-    Raises ConfigError for an encoder of several modalities or band sets, or with options a VisionTransformer
+    Raises ConfigError for an encoder of several modalities or band sets, or with options that timm's model
     has not.
     """
     config, state = encoder.config, encoder.state_dict()
@@ -103,8 +106,8 @@ def export_vit(encoder: APTEncoder) -> dict[str, Tensor]:
     for option, needed in _EXPORTABLE.items():
         if getattr(config, option) != needed:
             raise ConfigError(
-                f"export_vit: {option} is {getattr(config, option)!r}; a VisionTransformer can only be made "
-                f"with {needed!r}"
+                f"export_vit: {option} is {getattr(config, option)!r}; a VisionTransformer needs "
+                f"{needed!r}"
             )
     exported = {theirs: state[ours] for theirs, ours in _same_names(config) if ours in state}
     kernel = state[f"embedding.{group}.weight"]
@@ -123,6 +126,14 @@ def export_vit(encoder: APTEncoder) -> dict[str, Tensor]:
     return {name: weight.contiguous().clone() for name, weight in exported.items()}
 
 
+class _Weights(dict[str, Tensor]):
+    def __missing__(self, name: str) -> Tensor:
+        raise ConfigError(
+            f"weights of a ViT: {name} is missing; needed are those of timm's VisionTransformer with "
+            "learned norms, its last norm before pooling"
+        )
+
+
 def _config_of(
     given: Mapping[str, Tensor],
     num_heads: int,
@@ -130,15 +141,15 @@ def _config_of(
     cells: tuple[int, int] | None,
     options: Mapping[str, Any],
 ) -> EncoderConfig:
-    width = given["norm.weight"].numel() if "norm.weight" in given else 0
+    width = given["norm.weight"].numel()
     if width != num_heads * HEAD_WIDTH:
         raise ConfigError(
             f"weights of a ViT: norm.weight has {width} numbers, and num_heads is {num_heads}; heads must "
-            f"be {HEAD_WIDTH} wide, and the last norm before pooling"
+            f"be {HEAD_WIDTH} wide"
         )
     registers = given["reg_token"].shape[1] if "reg_token" in given else 0
     num_prefix = ("cls_token" in given) + registers
-    mlp = "swiglu" if "blocks.0.mlp.fc1_g.weight" in given else "gelu"
+    mlp: Literal["gelu", "swiglu"] = "swiglu" if "blocks.0.mlp.fc1_g.weight" in given else "gelu"
     return EncoderConfig(
         **options,
         modalities=(modality,),
@@ -162,40 +173,47 @@ def _cells_of(
     if "pos_embed" not in given:
         return (1, 1)
     length = given["pos_embed"].shape[1]
-    fits = {n for n in (length, length - num_prefix)}
+    fits = {length, length - num_prefix}
     squares = [(isqrt(n), isqrt(n)) for n in fits if n > 0 and isqrt(n) ** 2 == n]
     if cells is None and len(squares) == 1:
         return squares[0]
     if cells is None or cells[0] * cells[1] not in fits:
         raise ConfigError(
-            f"weights of a ViT: pos_embed has {length} rows, {num_prefix} of them perhaps of prefix tokens; "
-            f"cells is {cells}: give the (rows, columns) of its patches"
+            f"weights of a ViT: pos_embed has {length} rows, perhaps with {num_prefix} prefix tokens', and "
+            f"cells is {cells}; give the (rows, columns) of its patches"
         )
     return cells
 
 
-def _ratio(hidden: int, width: int, mlp: str) -> float:
+def _ratio(hidden: int, width: int, mlp: Literal["gelu", "swiglu"]) -> float:
     """The `mlp_ratio` that gives this inner width."""
-    ratio = (hidden + 0.5) / width if mlp == "gelu" else 1.5 * hidden / width
-    options = EncoderOptions(width=width, mlp=mlp, mlp_ratio=ratio)
-    if hidden_width(options) != hidden:
-        raise ConfigError(
-            f"weights of a ViT: the inner width of its SwiGLU is {hidden}; it must be a multiple of 8"
-        )
-    return ratio
+    share = 1.0 if mlp == "gelu" else 1.5
+    # Half of one more where the division rounds down.
+    for more in (0, 0.5):
+        ratio = (share * hidden + more) / width
+        if hidden_width(EncoderOptions(width=width, mlp=mlp, mlp_ratio=ratio)) == hidden:
+            return ratio
+    raise ConfigError(
+        f"weights of a ViT: the inner width of its SwiGLU is {hidden}; it must be a multiple of 8"
+    )
 
 
-def _state_of(given: dict[str, Tensor], config: EncoderConfig) -> dict[str, Tensor]:
+def _state_of(given: "_Weights", config: EncoderConfig) -> dict[str, Tensor]:
     """By our names; every weight given is used."""
-    group, left = _only_group(config), dict(given)
-    state = {ours: left.pop(theirs) for theirs, ours in _same_names(config) if theirs in left}
+    group, left = _only_group(config), _Weights(given)
+    state = {}
     for theirs, ours in _same_names(config):
-        if theirs not in given and theirs.endswith(".bias"):
-            # timm's qkv_bias and proj_bias may be False.
-            state[ours] = torch.zeros(state[ours.removesuffix("bias") + "weight"].shape[0])
-    kernel = left.pop("patch_embed.proj.weight")
-    state[f"embedding.{group}.weight"] = functional.pad(kernel, (0, 0, 0, 0, 0, 1))
-    state[f"embedding.{group}.bias"] = left.pop("patch_embed.proj.bias")
+        if theirs not in given and theirs.endswith(_OPTIONAL):
+            rows = given[theirs.replace("bias", "weight")].shape[0]
+            state[ours] = torch.zeros(rows)
+        else:
+            state[ours] = given[theirs]
+            del left[theirs]
+    # One more channel: validity.
+    kernel = functional.pad(given["patch_embed.proj.weight"], (0, 0, 0, 0, 0, 1))
+    state[f"embedding.{group}.weight"] = kernel
+    state[f"embedding.{group}.bias"] = given["patch_embed.proj.bias"]
+    del left["patch_embed.proj.weight"], left["patch_embed.proj.bias"]
     state[f"encoding.band_sets.{group}"] = torch.zeros(config.width // 4)
     state.update(_positions(left, config))
     if left:
@@ -249,9 +267,9 @@ def _same_names(config: EncoderConfig) -> Iterator[tuple[str, str]]:
         yield f"norm.{kind}", f"stack.norm.{kind}"
 
 
-def _split_packed(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def _split_packed(weights: "_Weights") -> "_Weights":
     """`SwiGLUPacked` as `SwiGLU`: of its first layer the first half is the gate, the second the value."""
-    split = {}
+    split = _Weights()
     for name, weight in weights.items():
         head, fc1, kind = name.partition(".mlp.fc1.")
         inner = weights[f"{head}.mlp.fc2.weight"].shape[1] if fc1 else 0
