@@ -88,18 +88,44 @@ class PatchEmbedding(nn.Module):
 
 
 def normalised_cells(
-    batch: TokenBatch, modality: int, band_set: int, normalization: nn.Module
+    batch: TokenBatch, modality: int, band_set: int, normalization: PixelNormalization
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Pixels [M, C, P, P], 0 where not valid or absent; validity [M, P, P]; bands absent [M, C].
 
     In the order of `cell_index`. Pixels that the dataset has normalised are left so.
     """
-    frames = batch.modalities[modality]
-    pixels_MCPP, valid_MPP = batch.cells(modality, band_set)
-    frame = batch.cell_index(modality) // frames.grid.num_cells
-    present_MC = frames.band_sets[band_set].band_present.index_select(0, frame)
+    frame = batch.cell_index(modality) // batch.modalities[modality].grid.num_cells
+    cells = batch.cells(modality, band_set)
+    present_MC = _present(batch, modality, band_set, frame)
+    return _normalised(*cells, present_MC, None if batch.normalized else normalization)
+
+
+def normalised_nodes(
+    batch: TokenBatch, modality: int, band_set: int, scale: int, normalization: PixelNormalization
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `normalised_cells` for the tokens of a scale, each shrunk to the size of a base cell.
+
+    In the order of `tokens_by_scale`.
+    """
+    frame = batch.frame.index_select(0, batch.tokens_by_scale(modality, band_set, scale))
+    nodes = batch.cells(modality, band_set, scale)
+    present_MC = _present(batch, modality, band_set, frame)
+    return _normalised(*nodes, present_MC, None if batch.normalized else normalization)
+
+
+def _present(batch: TokenBatch, modality: int, band_set: int, frame: Tensor) -> Tensor:
+    """bool [n, C]: which bands these frames have."""
+    return batch.modalities[modality].band_sets[band_set].band_present.index_select(0, frame)
+
+
+def _normalised(
+    pixels_MCPP: Tensor,
+    valid_MPP: Tensor,
+    present_MC: Tensor,
+    normalization: PixelNormalization | None,
+) -> tuple[Tensor, Tensor, Tensor]:
     there_MCPP = valid_MPP[:, None] & present_MC[:, :, None, None]
-    if batch.normalized:
+    if normalization is None:
         pixels_MCPP = torch.where(there_MCPP, pixels_MCPP.float(), 0)
     else:
         pixels_MCPP = normalization(pixels_MCPP, there_MCPP)

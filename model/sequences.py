@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from model.attention import Packed
-from model.batch import MISSING, ONLINE, ModalityFrames, TokenBatch, cumulative_lengths
+from model.batch import MISSING, ONLINE, TokenBatch, cumulative_lengths
+from model.frames import ModalityFrames
 from pipeline.errors import ConfigError
 
 Per = Literal["tile", "date"]
