@@ -7,7 +7,7 @@ pixels valid. The encoder then runs on any tokens, its merging as it is initiali
 |---|---|
 | `patch_embed.proj` | `embedding`; weights of validity 0, absent bands add nothing |
 | `pos_embed` of patches | `encoding.grid`, less what the encodings of a first date and band set add |
-| `pos_embed` of prefix tokens | added to `class_token`, `registers` |
+| `cls_token`, `reg_token`, their `pos_embed` added | `prefix.learned` |
 | `blocks.i`, `norm` | `stack.blocks.i`, `stack.norm`; see `_BLOCK` |
 | `head` | left out |
 
@@ -41,8 +41,8 @@ _MLP = {
     "gelu": {"mlp.fc1": "mlp.0", "mlp.fc2": "mlp.2"},
     "swiglu": {"mlp.fc1_g": "mlp.gate", "mlp.fc1_x": "mlp.value", "mlp.fc2": "mlp.out"},
 }
-# timm's qkv_bias and proj_bias may be False.
-_OPTIONAL = (".attn.qkv.bias", ".attn.proj.bias")
+# Linear maps, which with timm's qkv_bias and proj_bias False have none.
+_BIAS_OPTIONAL = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc1_g", "mlp.fc1_x", "mlp.fc2")
 _LAYER_SCALE = {"ls1.gamma": "scale1", "ls2.gamma": "scale2"}
 # Options under which a ViT of timm has a counterpart for everything but merging.
 _EXPORTABLE = {
@@ -69,8 +69,9 @@ def load_vit(
 
     `num_heads` as of the model, whose weights do not tell; heads must be 64 wide. `modality` has one band
     set, of as many bands as the model has channels, in its order. `cells` are (rows, columns) of the
-    positions, needed if they are no square. MLPs are taken to be timm's `Mlp` with GELU, `SwiGLU` or
-    `SwiGLUPacked`. `options` are those of `EncoderConfig` that the weights leave open, as `merge`.
+    positions, needed if they are no square. MLPs are taken to be timm's `Mlp` with GELU, or its `SwiGLU` or
+    `SwiGLUPacked` with SiLU, which weights do not tell either. `options` are those of `EncoderConfig` that
+    the weights leave open, as `merge`.
 
     Raises ConfigError for weights the encoder has no place for, such as a norm before the blocks or after
     pooling.
@@ -120,9 +121,9 @@ def export_vit(encoder: APTEncoder) -> dict[str, Tensor]:
     )
     exported["pos_embed"] = functional.pad(grid_LD, (0, 0, config.num_prefix, 0))[None]
     if config.class_token:
-        exported["cls_token"] = state["class_token"].view(1, 1, -1)
+        exported["cls_token"] = state["prefix.learned"][None, :1]
     if config.register_tokens:
-        exported["reg_token"] = state["registers"][None]
+        exported["reg_token"] = state["prefix.learned"][None, int(config.class_token) :]
     return {name: weight.contiguous().clone() for name, weight in exported.items()}
 
 
@@ -203,7 +204,7 @@ def _state_of(given: "_Weights", config: EncoderConfig) -> dict[str, Tensor]:
     group, left = _only_group(config), _Weights(given)
     state = {}
     for theirs, ours in _same_names(config):
-        if theirs not in given and theirs.endswith(_OPTIONAL):
+        if theirs not in given and theirs.removesuffix(".bias").endswith(_BIAS_OPTIONAL):
             rows = given[theirs.replace("bias", "weight")].shape[0]
             state[ours] = torch.zeros(rows)
         else:
@@ -238,10 +239,8 @@ def _positions(left: dict[str, Tensor], config: EncoderConfig) -> dict[str, Tens
         prefix_RD = prefix_RD + of_prefix
     grid_LD = of_cells - _of_a_first_frame(config)
     state = {"encoding.grid": grid_LD.T.unflatten(1, (rows, cols))}
-    if config.class_token:
-        state["class_token"] = prefix_RD[0]
-    if config.register_tokens:
-        state["registers"] = prefix_RD[int(config.class_token) :]
+    if len(prefix_RD):
+        state["prefix.learned"] = prefix_RD
     return state
 
 

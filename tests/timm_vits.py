@@ -17,15 +17,24 @@ GOLDENS = Path(__file__).parent / "timm_goldens.safetensors"
 SIDE, PATCH, BANDS = 16, 4, 3
 MEAN, STD = (400.0, 500.0, 600.0), (200.0, 250.0, 300.0)
 
-# Arguments of timm's VisionTransformer besides those of all, below; `mlp_layer` by its name.
+SILU = {"act_layer": "silu"}
+
+# Arguments of timm's VisionTransformer besides those of all, below; `mlp_layer` by its name. timm gives
+# even SwiGLU a GELU if it is not told otherwise.
 MODELS = {
     "plain": {},
     "without class token": {"class_token": False, "global_pool": ""},
     "registers": {"reg_tokens": 3},
     "prefix without positions": {"reg_tokens": 2, "no_embed_class": True, "init_values": 0.3},
     "qk norm": {"qk_norm": True, "qkv_bias": False, "proj_bias": False},
-    "packed swiglu": {"mlp_layer": "SwiGLUPacked", "mlp_ratio": 5.0, "init_values": 0.3},
-    "split swiglu": {"mlp_layer": "SwiGLU", "mlp_ratio": 2.5, "embed_dim": 64, "num_heads": 1},
+    "packed swiglu": {**SILU, "mlp_layer": "SwiGLUPacked", "mlp_ratio": 5.0, "init_values": 0.3},
+    "split swiglu": {
+        **SILU,
+        "mlp_layer": "SwiGLU",
+        "mlp_ratio": 2.5,
+        "embed_dim": 64,
+        "num_heads": 1,
+    },
     "no positions": {"pos_embed": "none"},
     "twice the layers": {"depth": 4, "mlp_ratio": 2.0, "embed_dim": 64, "num_heads": 1},
 }

@@ -58,6 +58,23 @@ def test_a_subclass_comes_back_as_itself(make_encoder, tmp_path):
     assert type(Mine.from_pretrained(tmp_path)) is Mine
 
 
+def test_an_encoder_of_uniform_tokens_is_one_of_adaptive_tokens_and_back(
+    make_tiles, make_encoder, tmp_path
+):
+    """Thresholds of minus infinity are all that makes it uniform: no weight is of one kind only."""
+    uniform, adaptive = (make_tiles(split_share=share).pack() for share in (1.0, 0.5))
+    assert not uniform.scales.any()
+    assert adaptive.scales.any()
+    encoder = make_encoder()
+    encoder.save_pretrained(tmp_path)
+    again = APTEncoder.from_pretrained(tmp_path)
+    fixed_loss = again(adaptive).tokens.square().mean()
+    fixed_loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in again.parameters())
+    encoder.load_state_dict(again.state_dict())
+    assert torch.equal(encoder(uniform).tokens, again(uniform).tokens)
+
+
 def drop_weights(folder):
     (folder / "model.safetensors").unlink()
 
