@@ -23,8 +23,9 @@ from model.batch import TokenBatch
 from model.checkpoint import SafetensorsCheckpointIO, read_checkpoint
 from model.config import EncoderConfig
 from model.data import BatchStream, TileDataset
-from model.encoder import CONFIG_FILE, APTEncoder
+from model.encoder import APTEncoder
 from model.objectives import MaskedPrediction, random_masking
+from model.pretrained import CONFIG_FILE
 from model.training_config import TrainConfig, chosen_precision
 from pipeline.errors import StoreError
 from pipeline.settings.canonical import canonical_json

@@ -3,16 +3,13 @@
 from dataclasses import replace
 
 import numpy as np
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
 from torch.testing import assert_close
 
 from model.embed import PixelNormalization
 from model.encoder import APTEncoder
-from pipeline.errors import ConfigError
 
 
 def one_by_one(encoder, tiles):
@@ -195,62 +192,3 @@ def test_pixels_are_scaled_to_one_over_each_bands_range():
     )
     expected = [[-1.0, -1.0], [0.0, 0.0], [1.0, 1.0], [0.0, 0.0]]
     assert scaled[:, :, 0, 0].tolist() == expected
-
-
-def test_a_saved_encoder_comes_back_the_same(make_tiles, make_encoder, tmp_path):
-    encoder, batch = make_encoder(), make_tiles().pack()
-    encoder.save_pretrained(tmp_path / "new" / "encoder")
-    again = APTEncoder.from_pretrained(tmp_path / "new" / "encoder")
-    assert again.config == encoder.config
-    assert torch.equal(again(batch).tokens, encoder(batch).tokens)
-
-
-def drop_weights(folder):
-    (folder / "model.safetensors").unlink()
-
-
-def drop_config(folder):
-    (folder / "config.json").unlink()
-
-
-def cut_weights(folder):
-    weights = folder / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:1000])
-
-
-def foreign_weights(folder):
-    save_file({"something": torch.zeros(3)}, folder / "model.safetensors")
-
-
-def config_of_another_size(folder):
-    config = folder / "config.json"
-    config.write_text(config.read_text().replace('"width": 64', '"width": 128'))
-
-
-def config_not_json(folder):
-    (folder / "config.json").write_text("width: 64")
-
-
-def unknown_key(folder):
-    config = folder / "config.json"
-    config.write_text(config.read_text().replace('"width"', '"breadth"'))
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        drop_weights,
-        drop_config,
-        cut_weights,
-        foreign_weights,
-        config_of_another_size,
-        config_not_json,
-        unknown_key,
-    ],
-)
-def test_a_broken_folder_is_named(damage, make_encoder, tmp_path):
-    make_encoder().save_pretrained(tmp_path)
-    damage(tmp_path)
-    with pytest.raises(ConfigError, match="not a saved encoder") as refused:
-        APTEncoder.from_pretrained(tmp_path)
-    assert str(tmp_path) in str(refused.value)
