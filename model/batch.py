@@ -48,6 +48,7 @@ class TokenBatch:
       `max_seqlen` is the largest tile's count.
     - `tile_indices` int64 [B]: rows of the dataset.
     - `masked`: whether a token may be other than `ONLINE`; where it is False, nobody reads `mask`.
+    - `location` float32 [B, 2]: (latitude, longitude) in degrees of the tile's centre; NaN where unknown.
     - `normalized`: whether pixels are in [-1, 1] over the value range and 0 where not valid.
     - `skipped`: a line for every tile left out because it could not be read: its id and why.
     """
@@ -63,6 +64,7 @@ class TokenBatch:
     cu_seqlens: Tensor
     max_seqlen: int
     tile_indices: Tensor
+    location: Tensor
     normalized: bool = False
     skipped: tuple[str, ...] = ()
     masked: bool = False

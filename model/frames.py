@@ -40,6 +40,7 @@ class ModalityFrames:
       is unknown, and for static modalities, whose frame belongs to no date.
     - `tokens_per_scale`: tokens of every scale, fine to coarse, in each band set.
     - `num_timesteps`: one more than the largest `timestep`; 1 if there is no frame.
+    - `static`: whether the one frame of a tile belongs to all its dates.
     """
 
     name: str
@@ -50,6 +51,7 @@ class ModalityFrames:
     timestamps: Tensor
     tokens_per_scale: tuple[int, ...]
     num_timesteps: int
+    static: bool = False
 
     @property
     def num_frames(self) -> int:

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
+from model.attention import Packed
 from model.batch import DECODER, ONLINE, TokenBatch
 from model.blocks import BlockStack
-from model.config import EncoderConfig, group_name
+from model.config import EncoderConfig, EncoderOptions, group_name
 from model.encoder import APTEncoder
 from model.kernels import resize_kernel
 from model.masks import with_token_masks
@@ -57,7 +58,7 @@ class MaskedPrediction(nn.Module):
         self.encoder = encoder
         self.mask_token = nn.Parameter(torch.empty(config.width).normal_(std=0.02))
         self.adapter = nn.Linear(config.width, config.width)
-        self.predictor = BlockStack(config.width, PREDICTOR_DEPTH)
+        self.predictor = BlockStack(_predictor_options(config), PREDICTOR_DEPTH)
         self.head = nn.Linear(config.width, TARGET_WIDTH)
         self.targets_of = nn.ModuleDict(_projections(config))
 
@@ -79,7 +80,8 @@ class MaskedPrediction(nn.Module):
         if encoded.visible is not None:
             adapted = full_ND.index_copy(0, encoded.visible, adapted)
         adapted = adapted + self.encoder.token_encoding(batch)
-        predicted = self.predictor(adapted, batch.cu_seqlens, batch.max_seqlen)
+        packed = Packed(batch.cu_seqlens, batch.max_seqlen)
+        predicted = self.predictor(adapted, packed, self.encoder.rotary(batch))
         return self.head(predicted.index_select(0, hidden))
 
     @torch.no_grad()
@@ -99,6 +101,10 @@ class MaskedPrediction(nn.Module):
                 for b, band_set in enumerate(frames.band_sets)
             ]
             return _centred(average_runs(rows, batch), _sets(batch), _num_sets(batch))
+
+
+def _predictor_options(config: EncoderConfig) -> EncoderOptions:
+    return EncoderOptions(width=config.width)
 
 
 class FrozenProjection(nn.Module):

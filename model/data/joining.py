@@ -105,6 +105,7 @@ def join(
         tile_indices=torch.cat(
             [b.tile_indices + start for b, start in zip(batches, starts, strict=True)]
         ),
+        location=torch.cat([b.location for b in batches]),
         normalized=structure.normalized,
         skipped=sum((b.skipped for b in batches), skipped),
         masked=any(b.masked for b in batches),
@@ -188,6 +189,7 @@ def _facts(value: ModalityFrames | LabelFrames | Tensor) -> dict[str, Any]:
             sets = value.band_sets
             return {
                 "base grid": value.grid,
+                "static": value.static,
                 "band sets": [s.name for s in sets],
                 "bands": [s.bands for s in sets],
                 "types": [str(s.pixels.dtype) for s in sets],

@@ -234,6 +234,7 @@ class Layer:
             name=self.name,
             band_sets=[*first.band_sets, *further],
             timestamps=self.timestamps,
+            static=self.name == "dem",
         )
 
     def select(self, tiles: Sequence[int]) -> Self:
