@@ -182,7 +182,7 @@ class _Permute(torch.autograd.Function):
 
 
 def _visible(batch: TokenBatch, see: See) -> Tensor | None:
-    if not getattr(batch, "masked", True):
+    if not batch.masked:
         return None
     seen = batch.mask == ONLINE if see == "online" else batch.mask != MISSING
     return seen.nonzero()[:, 0]
@@ -206,11 +206,7 @@ def _per_date(batch: TokenBatch) -> tuple[Tensor, Tensor, Tensor]:
 
 def _tile_and_timestep(frames: ModalityFrames) -> Tensor:
     """int64 [F]: a number for the tile and timestep of every frame, ascending with both."""
-    timestep = (
-        torch.full_like(frames.timestep, -1)
-        if getattr(frames, "static", False)
-        else frames.timestep
-    )
+    timestep = torch.full_like(frames.timestep, -1) if frames.static else frames.timestep
     return frames.tile * _TIMESTEPS + timestep + 1
 
 
