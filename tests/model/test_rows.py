@@ -1,9 +1,16 @@
 """Rows of base cells in merging order, and coarse patches shrunk, against a reading leaf by leaf."""
 
+from collections import Counter
+
 import numpy as np
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from model.masks import with_cell_masks
+from model.merge import RunMerge
+from model.upsample import to_grid, tokens_at
 
 
 def shrunk_by_hand(groups, m, b, f, leaf, p):
@@ -73,3 +80,44 @@ def test_rows_of_every_group_belong_to_its_tokens(data, groupsets):
         np.testing.assert_array_equal(batch.covering(m, b), covering)
         timesteps = [1, *tiles.frames_per_tile.tolist()]
         assert batch.modalities[m].num_timesteps == max(timesteps)
+
+
+class CountingOps(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.ops = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.ops[str(func)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def there_and_back(batch, merge):
+    """Merging, its gradient, and everything that brings tokens to cells and masks to tokens."""
+    rows = [
+        torch.ones(frames.num_covered, 4, requires_grad=True)
+        for frames in batch.modalities
+        for _ in frames.band_sets
+    ]
+    tokens = merge(rows, batch, torch.ones(batch.num_tokens, 4))
+    cells = torch.zeros(5, 4, dtype=torch.int64)
+    for m, frames in enumerate(batch.modalities):
+        to_grid(tokens, batch, m)[0].sum().backward(retain_graph=True)
+        tokens_at(tokens, batch, m, 0, cells)
+        batch.cells(m, 0, scale=1)
+        mask = torch.zeros(frames.num_frames, frames.grid.rows, frames.grid.cols, dtype=torch.uint8)
+        with_cell_masks(batch, {frames.name: mask})
+
+
+def test_the_operations_are_the_same_whatever_the_batch_holds(make_groups):
+    counted = []
+    merge = RunMerge(4, init="zero")
+    for num_tiles in (4, 30):
+        groups = make_groups(11, num_tiles, [(3, 2, 2), (2, 1, 2)])
+        there_and_back(groups.pack(), merge)  # tables of the grid are made once
+        with CountingOps() as mode:
+            there_and_back(groups.pack(), merge)
+        counted.append(mode.ops)
+    assert counted[0] == counted[1]
+    assert not [name for name in counted[0] if "nonzero" in name]
+    print(f"{sum(counted[0].values())} operations for 4 tiles as for 30")
