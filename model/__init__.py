@@ -4,6 +4,7 @@ Never imports dask, rasterio or numba: a training environment can lack them.
 """
 
 from model.batch import TokenBatch
+from model.config import EncoderConfig, EncoderOptions
 from model.data import (
     Augmentation,
     BatchStream,
@@ -14,14 +15,17 @@ from model.data import (
     class_weights,
     mix,
 )
-from model.encoder import APTEncoder, EncoderConfig
+from model.encoded import Encoded
+from model.encoder import APTEncoder
 from model.upsample import scatter_to_grid
 
 __all__ = [
     "APTEncoder",
     "Augmentation",
     "BatchStream",
+    "Encoded",
     "EncoderConfig",
+    "EncoderOptions",
     "Sampling",
     "TileDataset",
     "TokenBatch",

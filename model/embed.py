@@ -5,9 +5,10 @@ Shape suffixes are those of `model.batch`.
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import interpolate, linear
 
-# One unit of the position encoding is one patch of 1 px at this ground sample distance.
-REFERENCE_DISTANCE_M = 10.0
+from model.config import REFERENCE_DISTANCE_M
+
 _SINCOS_BASE = 10_000.0
 
 
@@ -34,13 +35,16 @@ class PixelNormalization(nn.Module):
 class PatchEmbedding(nn.Module):
     """Every base cell to one token by a linear map of its normalised pixels and their validity."""
 
-    def __init__(self, num_bands: int, patch_size: int, width: int) -> None:
+    def __init__(self, num_bands: int, kernel_px: int, width: int) -> None:
         super().__init__()
-        self.projection = nn.Linear((num_bands + 1) * patch_size**2, width)
+        self.projection = nn.Conv2d(num_bands + 1, width, kernel_px)
 
     def forward(self, pixels_MCPP: Tensor, valid_MPP: Tensor) -> Tensor:
         channels = torch.cat([pixels_MCPP, valid_MPP[:, None].to(pixels_MCPP.dtype)], dim=1)
-        return self.projection(channels.flatten(1))
+        weight, size = self.projection.weight, valid_MPP.shape[1]
+        if size != weight.shape[-1]:
+            weight = interpolate(weight, (size, size), mode="bilinear", align_corners=False)
+        return linear(channels.flatten(1), weight.flatten(1), self.projection.bias)
 
 
 class CompositeEncoding(nn.Module):

@@ -1,152 +1,106 @@
 """The APT encoder: pixels of a packed batch in, one vector per token out.
 
 Embed every base cell, add encodings, merge runs into tokens, run pre-norm transformer blocks over the
-packed sequence. Shape suffixes are those of `model.batch`.
+packed sequences. This module only wires; each step has a module of its own. Shape suffixes are those of
+`model.batch`.
 """
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, Self
 
 import torch
-from pydantic import Field, ValidationError
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from model.attention import choose_attention
-from model.batch import TokenBatch, only_group
-from model.embed import REFERENCE_DISTANCE_M, CompositeEncoding, PatchEmbedding, PixelNormalization
+from model.batch import BandSetPixels, ModalityFrames, TokenBatch
+from model.blocks import BlockStack
+from model.config import REFERENCE_DISTANCE_M, EncoderConfig, group_name
+from model.embed import CompositeEncoding, PatchEmbedding, PixelNormalization
+from model.encoded import Encoded
 from model.merge import RunMerge
 from pipeline.errors import ConfigError
-from pipeline.scorers.config import Frozen
 from pipeline.settings.canonical import canonical_json
-from pipeline.store import Store
 
-Size = Literal["nano", "tiny", "small", "base", "large"]
-# Width and number of blocks; heads are 64 wide.
-SIZES: dict[str, tuple[int, int]] = {
-    "nano": (128, 4),
-    "tiny": (192, 12),
-    "small": (384, 12),
-    "base": (768, 12),
-    "large": (1024, 24),
-}
-HEAD_WIDTH = 64
-MLP_RATIO = 4
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
 
 
-class EncoderConfig(Frozen):
-    """What fixes the encoder's weights and how it reads pixels."""
-
-    width: int = Field(128, ge=HEAD_WIDTH, multiple_of=HEAD_WIDTH, description="Width of a token.")
-    depth: int = Field(4, ge=1, description="Transformer blocks.")
-    value_range: tuple[tuple[float, float], ...] = Field(
-        description="(low, high) of every band in the archive's own numbers."
-    )
-    base_patch_size: int = Field(ge=1, description="Side of a base cell in px.")
-    ground_sample_distance_m: float | None = Field(
-        None, gt=0, description="Pixel size in metres; positions count pixels as 10 m without it."
-    )
-
-    @classmethod
-    def for_store(cls, store: Store, modality: str, size: Size) -> Self:
-        """The configuration of an encoder of that size for the first band set of a store's modality."""
-        width, depth = SIZES[size]
-        entry = store.header["modalities"][modality]
-        # Those of the first band set come first.
-        ranges = entry["value_range"][: len(store.layout_of(modality).bands)]
-        return cls(
-            width=width,
-            depth=depth,
-            value_range=tuple((float(low), float(high)) for low, high in ranges),
-            base_patch_size=entry["base_patch_size"],
-            ground_sample_distance_m=entry["ground_sample_distance_m"],
-        )
-
-    @property
-    def metres_per_cell(self) -> float:
-        return self.base_patch_size * (self.ground_sample_distance_m or REFERENCE_DISTANCE_M)
-
-
-class Block(nn.Module):
-    """Pre-norm transformer block over packed tokens."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.num_heads = width // HEAD_WIDTH
-        self.norm1 = nn.LayerNorm(width)
-        self.qkv = nn.Linear(width, 3 * width)
-        self.projection = nn.Linear(width, width)
-        self.norm2 = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(
-            nn.Linear(width, MLP_RATIO * width), nn.GELU(), nn.Linear(MLP_RATIO * width, width)
-        )
-
-    def forward(self, x_ND: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-        attend = choose_attention(x_ND.device.type)
-        qkv = self.qkv(self.norm1(x_ND)).view(-1, 3, self.num_heads, HEAD_WIDTH)
-        q_NHK, k_NHK, v_NHK = qkv.unbind(1)
-        attended = attend(q_NHK, k_NHK, v_NHK, cu_seqlens, max_seqlen)
-        x_ND = x_ND + self.projection(attended.flatten(1))
-        return x_ND + self.mlp(self.norm2(x_ND))
-
-
-class BlockStack(nn.Module):
-    """Blocks and a final norm."""
-
-    def __init__(self, width: int, depth: int) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(Block(width) for _ in range(depth))
-        self.norm = nn.LayerNorm(width)
-
-    def forward(self, x_ND: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-        for block in self.blocks:
-            x_ND = block(x_ND, cu_seqlens, max_seqlen)
-        return self.norm(x_ND)
-
-
 class APTEncoder(nn.Module):
-    """Adaptive patch transformer: `encoder(batch)` gives [N, D] in the order of the batch's tokens.
+    """Adaptive patch transformer: `encoder(batch)` gives tokens in the order of the batch's.
 
-    Invalid pixels and missing leaves cannot change any output. `model.upsample.scatter_to_grid`
-    brings tokens back to the base grid.
+    A batch may lack modalities, band sets and dates; what is absent has no token. Invalid pixels and
+    missing leaves cannot change any output. `model.upsample` brings tokens back to the base grid.
     """
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         self.config = config
-        self.normalization = PixelNormalization(config.value_range)
-        self.embedding = PatchEmbedding(
-            len(config.value_range), config.base_patch_size, config.width
+        sets = [(m.name, s) for m in config.modalities for s in m.band_sets]
+        names = [group_name(m, s.name) for m, s in sets]
+        self.normalization = nn.ModuleDict(
+            {n: PixelNormalization(s.value_range) for n, (_, s) in zip(names, sets, strict=True)}
         )
-        self.encoding = CompositeEncoding(config.width, config.metres_per_cell)
+        self.embedding = nn.ModuleDict(
+            {
+                n: PatchEmbedding(len(s.bands), config.kernel_px, config.width)
+                for n, (_, s) in zip(names, sets, strict=True)
+            }
+        )
+        self.encoding = nn.ModuleDict(
+            {n: CompositeEncoding(config.width, REFERENCE_DISTANCE_M) for n in names}
+        )
         self.merge = RunMerge(config.width)
         self.stack = BlockStack(config.width, config.depth)
 
-    def forward(self, batch: TokenBatch) -> Tensor:
-        return self.stack(self.tokens(batch), batch.cu_seqlens, batch.max_seqlen)
+    def forward(self, batch: TokenBatch, see: Literal["online", "target"] = "online") -> Encoded:
+        """The tokens a batch's mask lets be seen, encoded.
 
-    def tokens(self, batch: TokenBatch) -> Tensor:
-        """Embedded, encoded and merged tokens [N, D], before any token saw another."""
-        pixels_MCPP, valid_MPP = self.pixels(batch)
-        base_MD = self.embedding(pixels_MCPP, valid_MPP) + self._base_encoding(batch)
-        return self.merge(base_MD, batch)
-
-    def pixels(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
-        """Normalised pixels [M, C, P, P], 0 where invalid or dropped, and validity [M, P, P].
-
-        Raises ConfigError for a batch of several modalities or band sets.
+        "online" sees those marked `ONLINE`, "target" all but `MISSING`. Raises ConfigError for a
+        modality, band set or bands the encoder was not made for.
         """
-        frames = only_group(batch, "APTEncoder")
-        pixels_MCPP, valid_MPP = batch.cells(0, 0)
-        frame = batch.cell_index(0) // frames.grid.num_cells
-        present_MC = frames.band_sets[0].band_present.index_select(0, frame)
+        tokens = self.stack(self.embed(batch), batch.cu_seqlens, batch.max_seqlen)
+        tile = torch.arange(batch.num_tiles, device=batch.device)
+        return Encoded(tokens, None, None, None, tile, torch.full_like(tile, -1))
+
+    def embed(self, batch: TokenBatch) -> Tensor:
+        """Embedded, encoded and merged tokens [N, D], before any token saw another."""
+        rows = [
+            self.embedding[name](*self.pixels(batch, m, b)) + self._base_encoding(batch, m, name)
+            for m, b, name in self._groups(batch)
+        ]
+        return self.merge(torch.cat(rows), batch)
+
+    def token_encoding(self, batch: TokenBatch) -> Tensor:
+        """[N, D]: the encoding of every token's place, at its leaf's centre."""
+        y, x, scale, timestep = batch.positions.float().unbind(1)
+        middle = (2**scale - 1) / 2
+        encoding = torch.zeros(
+            batch.num_tokens, self.config.width, device=batch.device, dtype=torch.float32
+        )
+        for m, b, name in self._groups(batch):
+            at = batch.token_index(m, b)
+            units = self._units_per_cell(batch.modalities[m])
+            of_group = self.encoding[name](
+                (y + middle)[at] * units, (x + middle)[at] * units, timestep[at]
+            )
+            encoding = encoding.index_copy(0, at, of_group)
+        return encoding
+
+    def pixels(self, batch: TokenBatch, modality: int, band_set: int) -> tuple[Tensor, Tensor]:
+        """Normalised pixels [M, C, P, P] of a group, 0 where invalid or dropped, and validity [M, P, P]."""
+        frames = batch.modalities[modality]
+        chosen = frames.band_sets[band_set]
+        pixels_MCPP, valid_MPP = batch.cells(modality, band_set)
+        frame = batch.cell_index(modality) // frames.grid.num_cells
+        present_MC = chosen.band_present.index_select(0, frame)
         there_MCPP = valid_MPP[:, None] & present_MC[:, :, None, None]
         if batch.normalized:
             return torch.where(there_MCPP, pixels_MCPP.float(), 0), valid_MPP
-        return self.normalization(pixels_MCPP, there_MCPP), valid_MPP
+        normalization = self.normalization[self._name(frames, chosen)]
+        return normalization(pixels_MCPP, there_MCPP), valid_MPP
 
     def save_pretrained(self, folder: Path) -> None:
         """Write `model.safetensors` and then `config.json` into `folder`."""
@@ -168,10 +122,24 @@ class APTEncoder(nn.Module):
             raise ConfigError(f"{folder}: not a saved encoder: {reason:.300}") from None
         return encoder
 
-    def _base_encoding(self, batch: TokenBatch) -> Tensor:
+    def _groups(self, batch: TokenBatch) -> Iterator[tuple[int, int, str]]:
+        """(modality, band set, name) of every group of a batch, in the batch's order."""
+        for m, frames in enumerate(batch.modalities):
+            for b, band_set in enumerate(frames.band_sets):
+                yield m, b, self._name(frames, band_set)
+
+    def _name(self, frames: ModalityFrames, band_set: BandSetPixels) -> str:
+        self.config.band_set(frames.name, band_set.name, band_set.bands)
+        return group_name(frames.name, band_set.name)
+
+    def _base_encoding(self, batch: TokenBatch, modality: int, name: str) -> Tensor:
         """[M, D]: the encoding of every base row."""
-        frames, index = batch.modalities[0], batch.cell_index(0)
-        cells = frames.grid.num_cells
+        frames, index = batch.modalities[modality], batch.cell_index(modality)
+        cells, units = frames.grid.num_cells, self._units_per_cell(frames)
         yx = torch.tensor(frames.grid.cell_yx).to(index.device)
         y, x = yx[index % cells].unbind(1)
-        return self.encoding(y, x, frames.timestep[index // cells])
+        return self.encoding[name](y * units, x * units, frames.timestep[index // cells])
+
+    def _units_per_cell(self, frames: ModalityFrames) -> float:
+        metres_per_px = self.config.modality(frames.name).metres_per_px
+        return frames.grid.base_patch_size * metres_per_px / REFERENCE_DISTANCE_M

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, normalize
+from torch.nn.functional import cross_entropy, interpolate, normalize
 
-from model.batch import TokenBatch, cumulative_lengths
-from model.encoder import APTEncoder, BlockStack
+from model.batch import TokenBatch, cumulative_lengths, only_group
+from model.blocks import BlockStack
+from model.encoder import APTEncoder
 from model.merge import average_runs
 
 PREDICTOR_DEPTH = 2
@@ -65,7 +66,7 @@ class MaskedPrediction(nn.Module):
         self.adapter = nn.Linear(config.width, config.width)
         self.predictor = BlockStack(config.width, PREDICTOR_DEPTH)
         self.head = nn.Linear(config.width, TARGET_WIDTH)
-        pixels = len(config.value_range) * config.base_patch_size**2
+        pixels = len(config.modalities[0].band_sets[0].bands) * config.kernel_px**2
         self.target_projection = nn.Linear(pixels, TARGET_WIDTH, bias=False).requires_grad_(False)
 
     def forward(self, batch: TokenBatch, masking: Masking) -> Tensor:
@@ -76,14 +77,14 @@ class MaskedPrediction(nn.Module):
 
     def predict(self, batch: TokenBatch, masking: Masking) -> Tensor:
         """[hidden, TARGET_WIDTH]: predictions from the visible tokens' pixels alone."""
-        visible = self.encoder.tokens(batch).index_select(0, masking.visible)
+        visible = self.encoder.embed(batch).index_select(0, masking.visible)
         cu_visible = cumulative_lengths(masking.visible_per_tile).to(visible.device)
         encoded = self.encoder.stack(visible, cu_visible, int(masking.visible_per_tile.max()))
         full_ND = self.mask_token.expand(batch.num_tokens, -1)
         # Under autocast the adapter's output has fewer bits than the mask token.
         adapted = self.adapter(encoded).to(full_ND.dtype)
         full_ND = full_ND.index_copy(0, masking.visible, adapted)
-        full_ND = full_ND + self._token_encoding(batch)
+        full_ND = full_ND + self.encoder.token_encoding(batch)
         predicted = self.predictor(full_ND, batch.cu_seqlens, batch.max_seqlen)
         return self.head(predicted.index_select(0, masking.hidden))
 
@@ -93,17 +94,15 @@ class MaskedPrediction(nn.Module):
 
         Centred per tile: what all tokens of a tile share says nothing about which one is which.
         """
-        pixels, _ = self.encoder.pixels(batch)
+        only_group(batch, "MaskedPrediction")
+        pixels, _ = self.encoder.pixels(batch, 0, 0)
+        size = self.encoder.config.kernel_px
+        if pixels.shape[-1] != size:
+            pixels = interpolate(pixels, (size, size), mode="bilinear")
         projected = average_runs(self.target_projection(pixels.flatten(1)), batch)
         lengths, tile = batch.cu_seqlens.diff(), batch.tile_of_token
         sums = projected.new_zeros(batch.num_tiles, TARGET_WIDTH).index_add(0, tile, projected)
         return projected - (sums / lengths.clamp(min=1)[:, None]).index_select(0, tile)
-
-    def _token_encoding(self, batch: TokenBatch) -> Tensor:
-        """Encoding at every leaf's centre."""
-        y, x, scale, timestep = batch.positions.float().unbind(1)
-        middle = (2**scale - 1) / 2
-        return self.encoder.encoding(y + middle, x + middle, timestep)
 
 
 def patch_discrimination(predicted: Tensor, targets: Tensor, per_tile: list[int]) -> Tensor:

@@ -22,8 +22,9 @@ from pydantic import Field, model_validator
 from model.attention import choose_attention
 from model.batch import TokenBatch
 from model.checkpoint import SafetensorsCheckpointIO, read_checkpoint
+from model.config import EncoderConfig, Size
 from model.data import BatchStream, TileDataset
-from model.encoder import CONFIG_FILE, APTEncoder, EncoderConfig, Size
+from model.encoder import CONFIG_FILE, APTEncoder
 from model.objectives import MaskedPrediction, random_masking
 from pipeline.errors import StoreError
 from pipeline.scorers.config import Frozen
@@ -192,7 +193,7 @@ def train(
     dataset = TileDataset(opened, config.partition, {modality: [""]}, config.split)
     if len(dataset) == 0:
         raise StoreError(f"{store}: the store has no tiles to train from")
-    encoder = EncoderConfig.for_store(opened, modality, config.size)
+    encoder = EncoderConfig.for_store(opened, {modality: [""]}, config.size)
     _claim_folder(out, config, encoder, opened.digest)
     done = _steps_done(out)
     # A run that was killed between its last checkpoint and its export still lacks the encoder.

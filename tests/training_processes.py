@@ -54,9 +54,9 @@ def train_rank(rank, world_size, store, folder, size, steps):
     torch.set_num_threads(1)
     dataset = TileDataset(store)
     stream = BatchStream(dataset, seed=3, **size)
-    given = EncoderConfig.for_store(dataset.store, next(iter(dataset.modalities)), "nano")
+    config = EncoderConfig.for_store(dataset.store, dataset.modalities, width=64, depth=1)
     torch.manual_seed(0)
-    encoder = APTEncoder(given.model_copy(update={"width": 64, "depth": 1}))
+    encoder = APTEncoder(config)
     model = DistributedDataParallel(MaskedPrediction(encoder))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     seen = []

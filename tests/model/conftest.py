@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import pytest
@@ -10,7 +10,8 @@ import torch
 from hypothesis import strategies as st
 
 from model.batch import TokenBatch
-from model.encoder import APTEncoder, EncoderConfig
+from model.config import BandSetConfig, EncoderConfig, ModalityConfig
+from model.encoder import APTEncoder
 from model.packing import BandSetArrays, FrameArrays, TileArrays, pack
 from pipeline.grid import BaseGrid
 from pipeline.segments import MISSING_BIT
@@ -202,16 +203,22 @@ def change_pixels(batch: TokenBatch, **changes: torch.Tensor) -> TokenBatch:
     return replace(batch, modalities=(changed,))
 
 
-def build_encoder(base_patch_size: int = 2, seed: int = 0) -> APTEncoder:
-    """A small encoder whose every weight has moved away from its initial value."""
+def build_encoder(kernel_px: int = 2, seed: int = 0, **options: Any) -> APTEncoder:
+    """A small encoder of modality "image", whose every weight has moved away from its initial value."""
     torch.manual_seed(seed)
-    config = EncoderConfig(
-        width=64,
-        depth=2,
+    band_set = BandSetConfig(
+        bands=tuple(f"B{band}" for band in range(NUM_BANDS)),
         value_range=((0.0, HIGHEST),) * NUM_BANDS,
-        base_patch_size=base_patch_size,
     )
-    encoder = APTEncoder(config)
+    config = EncoderConfig(
+        **{"width": 64, "depth": 2, "kernel_px": kernel_px, **options},
+        modalities=(ModalityConfig(name="image", band_sets=(band_set,)),),
+    )
+    return moved(APTEncoder(config))
+
+
+def moved(encoder: APTEncoder) -> APTEncoder:
+    """The encoder with every weight moved away from its initial value."""
     with torch.no_grad():
         for parameter in encoder.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))

@@ -310,11 +310,9 @@ def test_the_fingerprint_holds_the_augmentation(store):
 def test_an_encoder_takes_augmented_batches(chip_store):
     settings = Augmentation(flips=True, rotations=True, crop_px=64, drop_bands=0.4)
     dataset = TileDataset(chip_store, augment=settings)
-    encoder = APTEncoder(
-        EncoderConfig.for_store(dataset.store, dataset.store.modalities[0], "nano")
-    )
+    encoder = APTEncoder(EncoderConfig.for_store(dataset.store, dataset.modalities))
     batch = dataset.batch(np.arange(len(dataset)), DRAW)
-    tokens = encoder(batch)
+    tokens = encoder(batch).tokens
     assert tokens.shape[0] == batch.num_tokens > 0
     assert torch.isfinite(tokens).all()
     loss = MaskedPrediction(encoder)(batch, random_masking(batch, 0.5, DRAW))

@@ -105,8 +105,8 @@ for name in ("dask", "distributed", "rasterio", "numba", "shapely"):
 import model
 dataset = model.TileDataset(sys.argv[1])
 batch = dataset.batch([0, 8])
-encoder = model.APTEncoder(model.EncoderConfig.for_store(dataset.store, "image", "nano"))
-tokens = encoder(batch)
+encoder = model.APTEncoder(model.EncoderConfig.for_store(dataset.store))
+tokens = encoder(batch).tokens
 tokens.square().mean().backward()
 on_grid, covered = model.scatter_to_grid(tokens, batch)
 print(len(dataset), batch.num_tokens, tuple(on_grid.shape), bool(tokens.isfinite().all()))

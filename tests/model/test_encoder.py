@@ -11,12 +11,12 @@ from safetensors.torch import save_file
 from torch.testing import assert_close
 
 from model.embed import CompositeEncoding, PixelNormalization
-from model.encoder import APTEncoder, EncoderConfig
+from model.encoder import APTEncoder
 from pipeline.errors import ConfigError
 
 
 def one_by_one(encoder, tiles):
-    return [encoder(tiles.select([tile]).pack()) for tile in range(tiles.num_tiles)]
+    return [encoder(tiles.select([tile]).pack()).tokens for tile in range(tiles.num_tiles)]
 
 
 def gradients(encoder, outputs):
@@ -38,7 +38,7 @@ def gradients(encoder, outputs):
 def test_packed_tiles_come_out_as_if_alone(data, tilesets, make_encoder):
     tiles = data.draw(tilesets)
     encoder = make_encoder(tiles.grid.base_patch_size)
-    packed, alone = [encoder(tiles.pack())], one_by_one(encoder, tiles)
+    packed, alone = [encoder(tiles.pack()).tokens], one_by_one(encoder, tiles)
     assert_close(packed[0], torch.cat(alone), rtol=0, atol=1e-5)
     if len(packed[0]):
         assert_close(gradients(encoder, packed), gradients(encoder, alone), rtol=1e-5, atol=1e-5)
@@ -51,9 +51,9 @@ def test_the_order_of_tiles_only_orders_the_tokens(data, tilesets, make_encoder)
     order = data.draw(st.permutations(range(tiles.num_tiles)))
     encoder = make_encoder(tiles.grid.base_patch_size)
     batch = tiles.pack()
-    parts = encoder(batch).split(batch.cu_seqlens.diff().tolist())
+    parts = encoder(batch).tokens.split(batch.cu_seqlens.diff().tolist())
     expected = torch.cat([parts[tile] for tile in order])
-    assert_close(encoder(tiles.select(order).pack()), expected, rtol=0, atol=1e-5)
+    assert_close(encoder(tiles.select(order).pack()).tokens, expected, rtol=0, atol=1e-5)
 
 
 @settings(max_examples=60)
@@ -62,7 +62,8 @@ def test_invalid_pixels_change_nothing(data, junk, tilesets, make_encoder):
     tiles = data.draw(tilesets)
     pixels = np.where(tiles.frames.valid[:, None], tiles.frames.pixels, np.uint16(junk))
     encoder = make_encoder(tiles.grid.base_patch_size)
-    assert torch.equal(encoder(tiles.with_pixels(pixels).pack()), encoder(tiles.pack()))
+    changed = encoder(tiles.with_pixels(pixels).pack()).tokens
+    assert torch.equal(changed, encoder(tiles.pack()).tokens)
 
 
 @settings(max_examples=60)
@@ -76,7 +77,7 @@ def test_invalid_pixels_of_any_float_change_no_output_and_no_gradient(
         np.where(tiles.frames.valid[:, None], clean.frames.pixels, np.float32(junk))
     )
     encoder = make_encoder(tiles.grid.base_patch_size)
-    before, after = encoder(clean.pack()), encoder(dirty.pack())
+    before, after = encoder(clean.pack()).tokens, encoder(dirty.pack()).tokens
     assert torch.equal(after, before)
     if len(before):
         of_clean, of_dirty = gradients(encoder, [before]), gradients(encoder, [after])
@@ -91,7 +92,7 @@ def test_only_valid_pixels_have_a_gradient(data, junk, tilesets, make_encoder, w
     (band_set,) = batch.modalities[0].band_sets
     invalid = ~band_set.valid[:, None].expand_as(band_set.pixels)
     values = band_set.pixels.masked_fill(invalid, junk).requires_grad_()
-    out = make_encoder(tiles.grid.base_patch_size)(with_pixels(batch, pixels=values))
+    out = make_encoder(tiles.grid.base_patch_size)(with_pixels(batch, pixels=values)).tokens
     (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
     assert not values.grad[invalid].any()
     assert values.grad[~invalid].ne(0).float().mean() > 0.9 or not len(out)
@@ -109,8 +110,9 @@ def test_missing_leaves_change_nothing_however_they_are_cut(data, tilesets, make
                 pixels[frame][:, *leaf.window(tiles.grid.base_patch_size)] += 1
     cut = [[part for leaf in leaves for part in quarters(leaf)] for leaves in tiles.leaves]
     encoder = make_encoder(tiles.grid.base_patch_size)
-    expected = encoder(tiles.pack())
-    assert torch.equal(encoder(tiles.with_pixels(pixels).with_leaves(cut).pack()), expected)
+    expected = encoder(tiles.pack()).tokens
+    found = encoder(tiles.with_pixels(pixels).with_leaves(cut).pack()).tokens
+    assert torch.equal(found, expected)
 
 
 def quarters(leaf):
@@ -125,7 +127,7 @@ def test_an_invalid_pixel_differs_from_a_valid_one_in_the_middle_of_the_range(ma
     valid = torch.ones(1, 2, 2, dtype=torch.bool)
     one_invalid = valid.clone()
     one_invalid[0, 1, 0] = False
-    embedding = make_encoder().embedding
+    embedding = make_encoder().embedding["image/first"]
     assert not torch.equal(embedding(pixels, valid), embedding(pixels, one_invalid))
 
 
@@ -134,7 +136,8 @@ def test_valid_pixels_of_one_tile_change_that_tile_alone(make_tiles, make_encode
     pixels = tiles.frames.pixels.copy()
     pixels[2] += 1
     batch, encoder = tiles.pack(), make_encoder()
-    changed = (encoder(batch) != encoder(tiles.with_pixels(pixels).pack())).any(1)
+    after = encoder(tiles.with_pixels(pixels).pack()).tokens
+    changed = (encoder(batch).tokens != after).any(1)
     begin, end = batch.cu_seqlens[1:3].tolist()
     expected = torch.zeros(batch.num_tokens, dtype=torch.bool)
     expected[begin:end] = True
@@ -143,27 +146,28 @@ def test_valid_pixels_of_one_tile_change_that_tile_alone(make_tiles, make_encode
 
 def test_without_coarse_leaves_the_model_is_the_uniform_model(make_tiles, make_encoder):
     """Bit for bit: patches of one size, embedded and encoded, then the blocks; no merge."""
-    batch = make_tiles(split_share=1.0, tiles=[(2, 0.0), (1, 0.3)]).pack()
+    tiles = make_tiles(split_share=1.0, tiles=[(2, 0.0), (1, 0.3)])
+    batch = tiles.pack()
     assert not batch.scales.any()
     encoder = make_encoder()
-    values, valid = batch.cells(0, 0)
-    patches = encoder.embedding(encoder.normalization(values, valid[:, None]), valid)
+    patches = encoder.embedding["image/first"](*encoder.pixels(batch, 0, 0))
     y, x, _, timestep = batch.positions.unbind(1)
-    uniform = patches + encoder.encoding(y, x, timestep)
-    assert torch.equal(encoder.tokens(batch), uniform)
+    p = tiles.grid.base_patch_size
+    uniform = patches + encoder.encoding["image/first"](y * p, x * p, timestep)
+    assert torch.equal(encoder.embed(batch), uniform)
     expected = encoder.stack(uniform, batch.cu_seqlens, batch.max_seqlen)
-    assert torch.equal(encoder(batch), expected)
+    assert torch.equal(encoder(batch).tokens, expected)
 
 
 def test_a_fresh_coarse_token_is_the_mean_of_its_base_tokens(make_tiles, make_encoder):
     tiles = make_tiles(split_share=0.5)
     whole = [[part for leaf in leaves for part in base_leaves(leaf)] for leaves in tiles.leaves]
     encoder = APTEncoder(make_encoder().config)
-    base = encoder.tokens(tiles.with_leaves(whole).pack())
+    base = encoder.embed(tiles.with_leaves(whole).pack())
     lengths = [4**leaf.scale for _, leaf in tiles.present()]
     means = torch.stack([rows.mean(0) for rows in base.split(lengths)])
     assert max(lengths) == 16
-    assert_close(encoder.tokens(tiles.pack()), means, rtol=0, atol=1e-5)
+    assert_close(encoder.embed(tiles.pack()), means, rtol=0, atol=1e-5)
 
 
 def base_leaves(leaf):
@@ -180,7 +184,7 @@ def test_a_tile_without_tokens_goes_through_forward_and_backward(make_tiles, mak
     batch = make_tiles(tiles=[(1, 1.0), (2, 0.0), (1, 1.0)]).pack()
     assert (batch.cu_seqlens.diff() > 0).tolist() == [False, True, False]
     encoder = make_encoder()
-    out = encoder(batch)
+    out = encoder(batch).tokens
     assert out.isfinite().all()
     assert all(g.isfinite().all() for g in gradients(encoder, [out]).values())
 
@@ -190,7 +194,7 @@ def test_where_and_when_a_token_is_matters(make_encoder, column):
     place = torch.zeros(4, 1)
     elsewhere = place.clone()
     elsewhere[column] = 1
-    encoding = make_encoder().encoding
+    encoding = make_encoder().encoding["image/first"]
     here, there = (encoding(y, x, t) for y, x, _, t in (place, elsewhere))
     assert not torch.equal(here, there)
 
@@ -217,7 +221,7 @@ def test_a_saved_encoder_comes_back_the_same(make_tiles, make_encoder, tmp_path)
     encoder.save_pretrained(tmp_path / "new" / "encoder")
     again = APTEncoder.from_pretrained(tmp_path / "new" / "encoder")
     assert again.config == encoder.config
-    assert torch.equal(again(batch), encoder(batch))
+    assert torch.equal(again(batch).tokens, encoder(batch).tokens)
 
 
 def drop_weights(folder):
@@ -269,9 +273,3 @@ def test_a_broken_folder_is_named(damage, make_encoder, tmp_path):
     with pytest.raises(ConfigError, match="not a saved encoder") as refused:
         APTEncoder.from_pretrained(tmp_path)
     assert str(tmp_path) in str(refused.value)
-
-
-@pytest.mark.parametrize("width", [0, 32, 96])
-def test_a_width_that_is_no_number_of_heads_is_refused(width):
-    with pytest.raises(ValueError, match="width"):
-        EncoderConfig(width=width, value_range=((0, 1),), base_patch_size=2)

@@ -162,21 +162,11 @@ def test_predictions_depend_on_visible_pixels_and_on_no_hidden_ones(batch, objec
     assert torch.equal(pixels.grad.any(1), visible)
 
 
-def test_the_predictor_is_told_the_centre_of_every_leaf(make_tiles, objective):
-    tiles = make_tiles()
-    owner = tiles.tile_and_timestep
-    centres = torch.tensor(
-        [[*np.mean(leaf.cells(), axis=0), owner[frame][1]] for frame, leaf in tiles.present()],
-        dtype=torch.float32,
-    )
-    expected = objective.encoder.encoding(*centres.unbind(1))
-    assert_close(objective._token_encoding(tiles.pack()), expected)
-
-
 def test_targets_are_the_projected_mean_patch_centred_per_tile(make_tiles, objective):
     tiles = make_tiles()
     batch, p = tiles.pack(), tiles.grid.base_patch_size
-    low, span = objective.encoder.normalization.low_C11, objective.encoder.normalization.span_C11
+    normalization = objective.encoder.normalization["image/first"]
+    low, span = normalization.low_C11, normalization.span_C11
     projected = []
     for frame, leaf in tiles.present():
         window = leaf.window(p)
