@@ -86,7 +86,7 @@ def batches_of(store: Store, setting: Setting, ratios: Sequence[float]) -> dict[
         dataset = TileDataset(
             str(store.location), name, {modality: [""]}, normalize="value_range", dtype="float32"
         )
-        batches[ratio] = _with_dates(dataset.batch(tiles), setting.dates)
+        batches[ratio] = with_dates(dataset.batch(tiles), setting.dates)
     return batches
 
 
@@ -114,7 +114,7 @@ def _whole_tiles(store: Store, setting: Setting) -> np.ndarray:
     return whole[np.linspace(0, len(whole) - 1, setting.num_frames).astype(np.int64)]
 
 
-def _with_dates(batch: TokenBatch, dates: int) -> TokenBatch:
+def with_dates(batch: TokenBatch, dates: int) -> TokenBatch:
     """Tiles of one date as fewer tiles of several; tokens stay in their places."""
     (frames,) = batch.modalities
     number = torch.arange(batch.num_tiles)
