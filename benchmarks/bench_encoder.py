@@ -43,7 +43,6 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 sys.path.insert(0, str(Path(__file__).parent))
-import encoder_pictures
 from common import arguments, save, show
 from encoder_clock import (
     BLOCKS,
@@ -416,9 +415,7 @@ def rows_of(folder: Path, args: Any) -> Rows:
 def main() -> None:
     args = arguments(__doc__, pictures=True, further=OPTIONS)
     if args.drawn_from is not None:
-        encoder_pictures.draw(
-            args.pictures or Path(), json.loads(args.drawn_from.read_text())["rows"]
-        )
+        draw(args.pictures or Path(), json.loads(args.drawn_from.read_text())["rows"])
         return
     warnings.filterwarnings("ignore", category=UserWarning)
     torch.set_num_threads(args.threads)
@@ -430,7 +427,14 @@ def main() -> None:
     if args.json is not None:
         save(rows, args.json, torch=torch.__version__, device=args.device, threads=args.threads)
     if args.pictures is not None:
-        encoder_pictures.draw(args.pictures, rows)
+        draw(args.pictures, rows)
+
+
+def draw(folder: Path, rows: Rows) -> None:
+    # matplotlib takes seconds to load, also in every process that measures memory.
+    import encoder_pictures
+
+    encoder_pictures.draw(folder, rows)
 
 
 def tables_of(rows: Rows) -> list[Rows]:

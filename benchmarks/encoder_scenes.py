@@ -5,9 +5,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import rasterio
 import torch
+from affine import Affine
 
-from common import Silent, preprocess
+from common import Silent, chip, preprocess
 from model import TileDataset, TokenBatch
 from pipeline.calibrate import token_curve
 from pipeline.jobs.repartition import repartition
@@ -16,7 +18,6 @@ from pipeline.rules import FurtherRule
 from pipeline.settings.run import RunConfig
 from pipeline.storage.places import FrameRun
 from pipeline.store import Store, open_store
-from workflows.demo import write_archive
 
 SCALES = 3
 UNIFORM = 1.0
@@ -51,7 +52,7 @@ def store_of(setting: Setting, archive: Path | None, folder: Path) -> Store:
     if not location.exists():
         if archive is None:
             archive = folder / "archive"
-            write_archive(archive)
+            _write_chip(archive)
         preprocess(
             archive,
             location,
@@ -61,6 +62,18 @@ def store_of(setting: Setting, archive: Path | None, folder: Path) -> Store:
         )
         _partition(open_store(location), "uniform", FurtherRule(uniform_px=setting.base_px))
     return open_store(location)
+
+
+def _write_chip(archive: Path) -> None:
+    """The chip of the package spyndex as an archive of one scene, at a place made up for it."""
+    pixels = chip()
+    archive.mkdir(exist_ok=True)
+    with rasterio.open(
+        archive / "chip.tif", "w", driver="GTiff", count=len(pixels), height=pixels.shape[1],
+        width=pixels.shape[2], dtype=pixels.dtype, crs="EPSG:32632",
+        transform=Affine(10, 0, 5e5, 0, -10, 5e6),
+    ) as raster:  # fmt: skip
+        raster.write(pixels)
 
 
 def batches_of(store: Store, setting: Setting, ratios: Sequence[float]) -> dict[float, TokenBatch]:
