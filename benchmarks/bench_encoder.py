@@ -71,7 +71,8 @@ from encoder_peers import (
     timm_vit,
 )
 from encoder_scenes import UNIFORM, Setting, batches_of, fresh, store_of, with_dates
-from model import APTEncoder, EncoderConfig, TokenBatch, attention, scatter_to_grid
+from model import APTEncoder, EncoderConfig, TokenBatch, attention
+from model.upsample import to_grid
 
 RATIOS = (1.0, 0.7, 0.5, 0.35, 0.2)
 SHOWN = 0.35  # the ratio that is looked into
@@ -99,8 +100,7 @@ def encoder_of(batch: TokenBatch, store: Any, size: str) -> APTEncoder:
     """A fresh encoder for the batch's band set."""
     torch.manual_seed(0)
     chosen = {m.name: [s.name for s in m.band_sets] for m in batch.modalities}
-    base_px = batch.modalities[0].grid.base_patch_size
-    config = EncoderConfig.for_store(store, chosen, size=size, kernel_px=base_px)
+    config = EncoderConfig.for_store(store, chosen, size=size)
     return APTEncoder(config).to(batch.device)
 
 
@@ -113,7 +113,7 @@ def on_grid(encoder: APTEncoder, batch: TokenBatch) -> Tensor:
     batch = fresh(batch)
     tokens = encoder(batch).tokens
     with record_function(SCATTER):
-        return scatter_to_grid(tokens, batch)[0]
+        return to_grid(tokens, batch)[0]
 
 
 def speed_rows(
@@ -161,7 +161,7 @@ def share_row(
     contenders: dict[str, tuple[nn.Module, Forward]] = {
         "step": (encoder, partial(on_grid, encoder, batch)),
         "embed": (encoder, lambda: encoder.embed(fresh(batch))),
-        "scatter": (encoder, lambda: scatter_to_grid(leaf, fresh(batch))[0]),
+        "scatter": (encoder, lambda: to_grid(leaf, fresh(batch))[0]),
     }
     found = taking_turns_of_steps(contenders, rounds, device)
     embed, scatter = (median_ratio(found[what], found["step"]) for what in ("embed", "scatter"))

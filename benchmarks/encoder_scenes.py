@@ -131,7 +131,7 @@ def with_dates(batch: TokenBatch, dates: int) -> TokenBatch:
     """Tiles of one date as fewer tiles of several; tokens stay in their places."""
     (frames,) = batch.modalities
     number = torch.arange(batch.num_tiles)
-    frames = replace(frames, tile=number // dates, timestep=number % dates)
+    frames = replace(frames, tile=number // dates, timestep=number % dates, num_timesteps=dates)
     positions = batch.positions.clone()
     positions[:, 3] = (number % dates)[batch.frame]
     cu_seqlens = batch.cu_seqlens[::dates].clone()

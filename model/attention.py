@@ -1,57 +1,254 @@
-"""Attention over packed sequences: each token sees the tokens of its own tile, nothing is padded.
+"""Attention over packed sequences: each row sees the rows of its own sequence, nothing is padded.
 
-One backend is chosen per device: `flash_attn_varlen_func` of the flash-attn package on CUDA where it
-is installed, else torch's own `varlen_attn` on CUDA, else scaled-dot-product attention per sequence.
+One backend is chosen per kind of device and number, at the first use, and reported in the log:
+
+| device | numbers | backend |
+|---|---|---|
+| CUDA, compute capability 8.0 or later | float16, bfloat16 | `flash_attn`, else torch's `varlen_attn` |
+| CPU | any | `on_cpu`: torch's fused kernel, one call per run of equally long sequences |
+| any other; CUDA in float32 | any | `per_sequence`: the same, but not part of a compiled graph |
+
+All of them give the same numbers but for rounding. Shape suffixes are those of `model.batch`; here N are
+the rows of a packed buffer and S its sequences.
 """
 
-from collections.abc import Callable
-from functools import lru_cache
-from importlib.util import find_spec
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from importlib import import_module
+from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-# (q_NHK, k_NHK, v_NHK, cu_seqlens int32 [B + 1], max_seqlen) -> [N, H, K]
-VarlenAttention = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
+log = logging.getLogger(__name__)
+
+# What the packed kernels of CUDA are made for: flash-attn 2, and torch's copy of it.
+_PACKED_DTYPES = (torch.float16, torch.bfloat16)
+_PACKED_CAPABILITY = (8, 0)
 
 
-@lru_cache(maxsize=8)
-def choose_attention(device_type: str) -> VarlenAttention:
-    """The attention for tensors on a device of this type ("cpu", "cuda", ...)."""
-    if device_type != "cuda":
-        return attention_per_sequence
-    return _flash_attention if find_spec("flash_attn") else _torch_varlen_attention
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """Sequences side by side in one buffer; some may be empty.
+
+    `cu_seqlens` int32 [S + 1]: sequence `s` owns rows `cu_seqlens[s] ... cu_seqlens[s + 1] - 1`.
+    `max_seqlen` is no less than the length of the longest.
+    """
+
+    cu_seqlens: Tensor
+    max_seqlen: int
+
+    @property
+    def num_sequences(self) -> int:
+        return self.cu_seqlens.numel() - 1
+
+    @cached_property
+    def lengths(self) -> tuple[int, ...]:
+        """Rows of every sequence. Waits for the device: only backends that go by sequence ask."""
+        return tuple(self.cu_seqlens.diff().tolist())
+
+    def sequence_of_row(self, num_rows: int) -> Tensor:
+        """int64 [N]: the sequence each of the buffer's rows belongs to."""
+        # Told the size, a GPU need not be waited for.
+        return torch.repeat_interleave(self.cu_seqlens.diff(), output_size=num_rows)
 
 
-def attention_per_sequence(
-    q_NHK: Tensor, k_NHK: Tensor, v_NHK: Tensor, cu_seqlens: Tensor, max_seqlen: int
-) -> Tensor:
-    """One attention call per sequence, on slices of the packed buffers."""
-    lengths = cu_seqlens.diff().tolist()
-    # [1, H, n, K] each: the fused CPU kernel takes four axes only.
-    sequences = zip(
-        *(x.transpose(0, 1)[None].split(lengths, dim=2) for x in (q_NHK, k_NHK, v_NHK)), strict=True
-    )
-    parts = [scaled_dot_product_attention(q, k, v) for q, k, v in sequences]
-    return torch.cat(parts, dim=2)[0].transpose(0, 1)
+# (q_NHK, k_NHK, v_NHK, packed) -> [N, H, K]; all of one type, the last axis dense in memory
+PackedAttention = Callable[[Tensor, Tensor, Tensor, Packed], Tensor]
 
 
-def _torch_varlen_attention(
-    q_NHK: Tensor, k_NHK: Tensor, v_NHK: Tensor, cu_seqlens: Tensor, max_seqlen: int
-) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn
+def choose_attention(device_type: str, dtype: torch.dtype) -> PackedAttention:
+    """The attention for tensors of this type on a device of this type ("cpu", "cuda", ...).
 
-    out = varlen_attn(q_NHK, k_NHK, v_NHK, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+    The same function every time, named as in the log and in the table above.
+    """
+    return _BACKENDS[_chosen_name(device_type, dtype)]
+
+
+@torch.compiler.assume_constant_result
+def _chosen_name(device_type: str, dtype: torch.dtype) -> str:
+    # The compiler takes a constant from a function it need not look into; it cannot take a function.
+    return _choose(device_type, dtype)
+
+
+@lru_cache(maxsize=32)
+def _choose(device_type: str, dtype: torch.dtype) -> str:
+    chosen = "per_sequence"
+    if device_type == "cpu":
+        chosen = "on_cpu"
+    elif device_type == "cuda" and dtype in _PACKED_DTYPES and _has_packed_kernels():
+        chosen = _packed_kernel()
+    log.info("attention on %s in %s: %s", device_type, str(dtype).split(".")[-1], chosen)
+    return chosen
+
+
+def _has_packed_kernels() -> bool:
+    return torch.cuda.get_device_capability() >= _PACKED_CAPABILITY
+
+
+def _packed_kernel() -> str:
+    """The first of the packed kernels that can be imported."""
+    for module, name in (
+        ("flash_attn", "flash_attn"),
+        ("torch.nn.attention.varlen", "varlen_attn"),
+    ):
+        try:
+            import_module(module)
+        except ModuleNotFoundError:
+            continue
+        except ImportError as error:
+            # Built for another version of torch.
+            log.warning("%s is installed but cannot be used: %s", module, error)
+            continue
+        return name
+    return "per_sequence"
+
+
+def flash_attn(q_NHK: Tensor, k_NHK: Tensor, v_NHK: Tensor, packed: Packed) -> Tensor:
+    """`flash_attn_varlen_func` of the package flash-attn."""
+    from flash_attn import flash_attn_varlen_func
+
+    if not q_NHK.shape[0]:
+        return v_NHK
+    cu, longest = packed.cu_seqlens, packed.max_seqlen
+    return flash_attn_varlen_func(q_NHK, k_NHK, v_NHK, cu, cu, longest, longest)
+
+
+def varlen_attn(q_NHK: Tensor, k_NHK: Tensor, v_NHK: Tensor, packed: Packed) -> Tensor:
+    """`torch.nn.attention.varlen.varlen_attn`, which torch has from 2.10 on."""
+    from torch.nn.attention import varlen
+
+    if not q_NHK.shape[0]:
+        return v_NHK
+    cu, longest = packed.cu_seqlens, packed.max_seqlen
+    out = varlen.varlen_attn(q_NHK, k_NHK, v_NHK, cu, cu, longest, longest)
     assert isinstance(out, Tensor)
     return out
 
 
-def _flash_attention(
-    q_NHK: Tensor, k_NHK: Tensor, v_NHK: Tensor, cu_seqlens: Tensor, max_seqlen: int
-) -> Tensor:
-    from flash_attn import flash_attn_varlen_func
+@torch.compiler.disable
+def per_sequence(q_NHK: Tensor, k_NHK: Tensor, v_NHK: Tensor, packed: Packed) -> Tensor:
+    """One call of torch's attention per run of equally long sequences, on slices of the buffers.
 
-    return flash_attn_varlen_func(
-        q_NHK, k_NHK, v_NHK, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen
-    )
+    Works on every device and in every type; waits for the device once per `packed`.
+    """
+    runs = list(equal_runs(packed.lengths))
+    if not runs:
+        return torch.zeros_like(q_NHK) + v_NHK
+    # split: its backward is one concatenation, that of a slice a whole buffer of zeros for each.
+    sizes = [rows.stop - rows.start for rows, _ in runs]
+    parts = zip(*(x.split(sizes) for x in (q_NHK, k_NHK, v_NHK)), runs, strict=True)
+    outputs = []
+    for *qkv, (_, count) in parts:
+        q, k, v = (_as_batch(x, count) for x in qkv)
+        outputs.append(_as_rows(scaled_dot_product_attention(q, k, v)))
+    return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+
+
+def on_cpu(q_NHK: Tensor, k_NHK: Tensor, v_NHK: Tensor, packed: Packed) -> Tensor:
+    """`per_sequence` on the CPU, in a compiled model as one operation that takes any lengths."""
+    if not torch.compiler.is_compiling():
+        return per_sequence(q_NHK, k_NHK, v_NHK, packed)
+    out: Tensor = torch.ops.aptile.cpu_attention(q_NHK, k_NHK, v_NHK, packed.cu_seqlens)[0]
+    return out
+
+
+_BACKENDS: dict[str, PackedAttention] = {
+    backend.__name__: backend for backend in (flash_attn, varlen_attn, on_cpu, per_sequence)
+}
+
+
+def equal_runs(lengths: Sequence[int]) -> Iterator[tuple[slice, int]]:
+    """(rows, number of sequences) of every run of equally long sequences; empty ones do not count."""
+    first = 0
+    for length, run in groupby(n for n in lengths if n):
+        count = sum(1 for _ in run)
+        yield slice(first, first + count * length), count
+        first += count * length
+
+
+def _as_batch(rows_NHK: Tensor, count: int) -> Tensor:
+    """[S, H, n, K]: a view of the rows of `count` equally long sequences."""
+    return rows_NHK.unflatten(0, (count, -1)).transpose(1, 2)
+
+
+def _as_rows(batch_SHnK: Tensor) -> Tensor:
+    """[N, H, K]; a view of what torch's attention returns, which has the heads behind the rows."""
+    return batch_SHnK.transpose(1, 2).flatten(0, 1)
+
+
+# For compiled models: `per_sequence` and its gradient as operations the compiler does not look into, so
+# that the lengths of sequences, which are others in every batch, are no part of what it compiles.
+
+
+def _cpu_forward(
+    q_NHK: Tensor, k_NHK: Tensor, v_NHK: Tensor, lengths: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """Attention [N, H, K] and the logarithm [N, H] of the sum over which each row's softmax divides."""
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    parts = []
+    for rows, count in equal_runs(lengths):
+        out_SHnK, log_sum_SHn = kernel(*(_as_batch(x[rows], count) for x in (q_NHK, k_NHK, v_NHK)))
+        parts.append((_as_rows(out_SHnK), log_sum_SHn.transpose(1, 2).flatten(0, 1)))
+    if not parts:
+        return q_NHK.new_empty(q_NHK.shape), q_NHK.new_empty(q_NHK.shape[:2])
+    out_NHK, log_sum_NH = map(torch.cat, zip(*parts, strict=True))
+    return out_NHK, log_sum_NH
+
+
+def _cpu_backward(
+    grad_NHK: Tensor, saved: Sequence[Tensor], log_sum_NH: Tensor, lengths: Sequence[int]
+) -> Tensor:
+    """Gradients [3, N, H, K] of q, k and v; `saved` are those three and what attention gave."""
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    inputs = (grad_NHK.contiguous(), *saved)
+    grads_3NHK = grad_NHK.new_empty((3, *grad_NHK.shape))
+    for rows, count in equal_runs(lengths):
+        log_sum = log_sum_NH[rows].unflatten(0, (count, -1)).transpose(1, 2)
+        grads = kernel(*(_as_batch(x[rows], count) for x in inputs), log_sum, 0.0, False)
+        for into, grad_SHnK in zip(grads_3NHK, grads, strict=True):
+            into[rows].copy_(_as_rows(grad_SHnK))
+    return grads_3NHK
+
+
+@torch.library.custom_op("aptile::cpu_attention", mutates_args=())
+def _cpu_attention_op(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    return _cpu_forward(q, k, v, cu_seqlens.diff().tolist())
+
+
+@torch.library.custom_op("aptile::cpu_attention_backward", mutates_args=())
+def _cpu_backward_op(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum: Tensor, cu_seqlens: Tensor
+) -> Tensor:
+    return _cpu_backward(grad, (q, k, v, out), log_sum, cu_seqlens.diff().tolist())
+
+
+@_cpu_attention_op.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    # The kernel counts in float32 at least.
+    wide = torch.promote_types(q.dtype, torch.float32)
+    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=wide)
+
+
+@_cpu_backward_op.register_fake
+def _(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum: Tensor, cu_seqlens: Tensor
+) -> Tensor:
+    return grad.new_empty((3, *grad.shape))
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, cu_seqlens = inputs
+    ctx.save_for_backward(q, k, v, *output, cu_seqlens)
+
+
+def _gradients(ctx: Any, grad_NHK: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    grads_3NHK = torch.ops.aptile.cpu_attention_backward(grad_NHK, *ctx.saved_tensors)
+    return (*grads_3NHK.unbind(), None)
+
+
+_cpu_attention_op.register_autograd(_gradients, setup_context=_keep)

@@ -11,6 +11,7 @@ Shape suffixes used in this package:
 - D = model width, H = heads, K = head width
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -19,99 +20,13 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from model.cells import SIGNED, cell_tables, cut, runs
+from model.cells import SIGNED, cell_tables, cut, shrink
+from model.frames import BandSetPixels, LabelFrames, ModalityFrames
+from model.rows import MergePlan, merge_plan, run_lengths, runs
 from pipeline.errors import ConfigError
-from pipeline.grid import BaseGrid
 
 # Values of `TokenBatch.mask`: who sees a token.
 ONLINE, TARGET_ONLY, DECODER, MISSING = range(4)
-
-
-@dataclass(frozen=True, eq=False)
-class BandSetPixels:
-    """Bands of one native resolution of all frames of a modality.
-
-    - `name` ("" for a modality's first set) and `bands`: as in the store.
-    - `pixels` [F, C, y, x]: in the archive's own numbers and type, or as the dataset was asked to give
-      them; `y`, `x` are px of this set. A pixel that is not valid means nothing (0 if normalised).
-    - `valid` bool [F, y, x]: which pixels are data.
-    - `band_present` bool [F, C]: False where augmentation dropped a band; its pixels are 0.
-    """
-
-    name: str
-    bands: tuple[str, ...]
-    pixels: Tensor
-    valid: Tensor
-    band_present: Tensor
-
-
-@dataclass(frozen=True, eq=False)
-class ModalityFrames:
-    """All frames of one modality in a batch, tile after tile, each tile's in the order of time.
-
-    - `grid`: base cells of a frame.
-    - `band_sets`: those read, in the dataset's order.
-    - `tile` int64 [F]: position of the frame's tile in the batch, 0 ... B - 1, ascending.
-    - `timestep` int64 [F]: which of its tile's dates; 0 for the one frame of a static modality.
-    - `timestamps` int32 [F, 3]: (day 1 ... 31, month 0 ... 11, year) of that date, UTC; -1 where the date
-      is unknown, and for static modalities, whose frame belongs to no date.
-    - `tokens_per_scale`: tokens of every scale, fine to coarse, in each band set.
-    """
-
-    name: str
-    grid: BaseGrid
-    band_sets: tuple[BandSetPixels, ...]
-    tile: Tensor
-    timestep: Tensor
-    timestamps: Tensor
-    tokens_per_scale: tuple[int, ...]
-
-    @property
-    def num_frames(self) -> int:
-        return self.tile.numel()
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens in each band set."""
-        return sum(self.tokens_per_scale)
-
-    @property
-    def num_covered(self) -> int:
-        """M: base cells of the tokens of one band set."""
-        return sum(n * 4**scale for scale, n in enumerate(self.tokens_per_scale))
-
-
-@dataclass(frozen=True, eq=False)
-class LabelFrames:
-    """Label rasters of a batch: `pixels` [F, C, y, x] of class numbers, `valid` bool [F, y, x].
-
-    `tile` and `timestep` int64 [F] as in `ModalityFrames`; `ignore_index` is the class that means
-    "no label", None where the store names none. A tile without a label raster has no frame.
-    """
-
-    name: str
-    pixels: Tensor
-    valid: Tensor
-    tile: Tensor
-    timestep: Tensor
-    ignore_index: int | None
-
-
-@dataclass(frozen=True, eq=False)
-class MergePlan:
-    """How rows of base cells become tokens, level by level, all modalities and band sets at once.
-
-    - `rows` int64 [M]: the base rows in the order of merging: those of tokens of scale 0, then of scale 1,
-      and so on. Rows are those of `TokenBatch.cell_index`, of every modality and band set in turn.
-    - `finished`: at every level, fine to coarse, this many rows from the front are whole tokens; of the
-      rest, four neighbours make one row of the next level.
-    - `token_order` int64 [N]: finished rows of all levels one after another, indexed by it, are in the
-      batch's order of tokens.
-    """
-
-    rows: Tensor
-    finished: tuple[int, ...]
-    token_order: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,6 +47,8 @@ class TokenBatch:
     - `cu_seqlens` int32 [B + 1]: tile `b` owns tokens `cu_seqlens[b] ... cu_seqlens[b + 1] - 1`;
       `max_seqlen` is the largest tile's count.
     - `tile_indices` int64 [B]: rows of the dataset.
+    - `masked`: whether a token may be other than `ONLINE`; where it is False, nobody reads `mask`.
+    - `location` float32 [B, 2]: (latitude, longitude) in degrees of the tile's centre; NaN where unknown.
     - `normalized`: whether pixels are in [-1, 1] over the value range and 0 where not valid.
     - `skipped`: a line for every tile left out because it could not be read: its id and why.
     """
@@ -147,8 +64,10 @@ class TokenBatch:
     cu_seqlens: Tensor
     max_seqlen: int
     tile_indices: Tensor
+    location: Tensor
     normalized: bool = False
     skipped: tuple[str, ...] = ()
+    masked: bool = False
 
     @property
     def num_tiles(self) -> int:
@@ -170,52 +89,87 @@ class TokenBatch:
         """The same batch in page-locked memory, from where copies to a GPU run beside its work."""
         return self._map(Tensor.pin_memory)
 
+    def modality_number(self, modality: int | str) -> int:
+        """Position in `modalities` of one given by its name, or by that; ConfigError for an unknown one."""
+        names = [frames.name for frames in self.modalities]
+        if modality in names:
+            return names.index(str(modality))
+        if isinstance(modality, int) and 0 <= modality < len(names):
+            return modality
+        raise ConfigError(
+            f"no modality {modality!r} in this batch; it has {', '.join(names)}: give one of these names"
+        )
+
     def token_index(self, modality: int, band_set: int) -> Tensor:
         """int64 [n]: positions of one band set's tokens among all, in frame and storage order."""
-        first = 0
-        for m, frames in enumerate(self.modalities):
-            for b in range(len(frames.band_sets)):
-                if (m, b) == (modality, band_set):
-                    return self._by_group[first : first + frames.num_tokens]
-                first += frames.num_tokens
-        raise IndexError(f"no band set {band_set} of modality {modality} in this batch")
+        return self._by_group[self._of_group(modality, band_set)]
+
+    def tokens_by_scale(self, modality: int, band_set: int, scale: int | None = None) -> Tensor:
+        """int64 [n]: positions of one band set's tokens among all, in merging order, or those of a scale.
+
+        That is by scale, and within a scale in frame and storage order.
+        """
+        tokens = self._by_group_and_scale[self._of_group(modality, band_set)]
+        if scale is None:
+            return tokens
+        frames = self.modalities[modality]
+        return tokens[frames.tokens_below(scale) : frames.tokens_below(scale + 1)]
+
+    def token_rows(self, modality: int, band_set: int) -> Tensor:
+        """int64 [M]: position among all tokens of the one every base row belongs to, in merging order."""
+        key = ("token_rows", modality, band_set)
+        return self._once(key, lambda: self._token_rows(modality, band_set))
 
     def cell_index(self, modality: int) -> Tensor:
         """int64 [M]: frame * cells per frame + storage position of every base cell of a modality's tokens.
 
-        Frame after frame, in storage order; a token of scale `s` owns `4**s` neighbours. The same in all
-        band sets of the modality.
+        Rows are in merging order (`model.rows`): those of tokens of scale 0, then of scale 1, and so on; a
+        token of scale `s` owns `4**s` neighbours. The same in all band sets of the modality.
         """
         return self._once(("cell_index", modality), lambda: self._cell_index(modality))
 
-    def cells(self, modality: int, band_set: int) -> tuple[Tensor, Tensor]:
+    def cell_places(self, modality: int) -> Tensor:
+        """int64 [M]: as `cell_index`, with the cell's row-major index in place of its storage position."""
+        return self._once(("cell_places", modality), lambda: self._cell_places(modality))
+
+    def covering(self, modality: int, band_set: int) -> Tensor:
+        """int64 [F, rows, cols]: the token over every base cell; `num_tokens` where none is."""
+        key = ("covering", modality, band_set)
+        return self._once(key, lambda: self._covering(modality, band_set))
+
+    def cells(
+        self, modality: int, band_set: int, scale: int | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Pixels [M, C, P, P] and validity [M, P, P] of the base cells in `cell_index`'s order.
 
         A cell has `P = ceil(r)` px a side, `r` being its side in px of the band set. Where `r` is no
         whole number, cells share pixels, and each px takes the pixel in which its centre lies.
+
+        With a `scale`: float32 [n, C, P, P] and bool [n, P, P] of that scale's tokens in the order of
+        `tokens_by_scale`, each shrunk to P x P px. A px is the mean of the valid ones it is made of.
         """
+        if scale is not None:
+            return self._shrunk_cells(modality, band_set, scale)
         key = ("cells", modality, band_set)
         return self._once(key, lambda: self._cells(modality, band_set))
 
     @cached_property
     def merge(self) -> MergePlan:
-        """How base rows of all modalities and band sets, one after another, become tokens."""
-        counts = [(m.tokens_per_scale, len(m.band_sets)) for m in self.modalities]
-        num_scales = max((len(per_scale) for per_scale, _ in counts), default=0)
-        finished = tuple(
-            sum(per_scale[s] * sets for per_scale, sets in counts if s < len(per_scale))
-            for s in range(num_scales)
-        )
-        num_rows = sum(m.num_covered * len(m.band_sets) for m in self.modalities)
-        scales = self.scales.long()
-        lengths = 1 << 2 * scales[self._by_group]
-        first_row = torch.empty_like(self._by_group)
-        first_row[self._by_group] = lengths.cumsum(0) - lengths
-        by_scale = self._by_group[scales[self._by_group].argsort(stable=True)]
-        token_order = torch.empty_like(by_scale)
-        token_order[by_scale] = torch.arange(self.num_tokens, device=self.device)
-        rows = runs(first_row[by_scale], scales[by_scale], num_rows)
-        return MergePlan(rows, finished, token_order)
+        """How base rows of all modalities and band sets become tokens."""
+        per_scale = [m.tokens_per_scale for m in self.modalities for _ in m.band_sets]
+        by_scale = (self.scales.long() << 16) + self._group
+        return merge_plan(per_scale, by_scale.argsort(stable=True))
+
+    def with_mask(self, mask: Tensor) -> Self:
+        """The same tokens seen by others: `mask` uint8 [N]. What is derived of the batch is kept.
+
+        `model.masks` makes masks from those of cells.
+        """
+        changed = replace(self, mask=mask, masked=True)
+        # Nothing derived here depends on the mask.
+        kept = {name: value for name, value in vars(self).items() if name not in vars(changed)}
+        vars(changed).update(kept)
+        return changed
 
     @cached_property
     def timestamps(self) -> Tensor:
@@ -265,10 +219,29 @@ class TokenBatch:
         self.__dict__.update({name: _changed(value, _unpickled) for name, value in state.items()})
 
     @cached_property
+    def _group(self) -> Tensor:
+        """int64 [N]: a number that counts modalities and, in each, band sets."""
+        return (self.modality.long() << 8) + self.band_set
+
+    @cached_property
     def _by_group(self) -> Tensor:
         """int64 [N]: tokens modality by modality, band set by band set, each in frame and storage order."""
-        group = (self.modality.long() << 8) + self.band_set
-        return group.argsort(stable=True)
+        return self._group.argsort(stable=True)
+
+    @cached_property
+    def _by_group_and_scale(self) -> Tensor:
+        """int64 [N]: as `_by_group`, but each in merging order."""
+        return ((self._group << 8) + self.scales).argsort(stable=True)
+
+    def _of_group(self, modality: int, band_set: int) -> slice:
+        """Where a band set's tokens are in `_by_group` and `_by_group_and_scale`."""
+        first = 0
+        for m, frames in enumerate(self.modalities):
+            for b in range(len(frames.band_sets)):
+                if (m, b) == (modality, band_set):
+                    return slice(first, first + frames.num_tokens)
+                first += frames.num_tokens
+        raise IndexError(f"no band set {band_set} of modality {modality} in this batch")
 
     @cached_property
     def _padded_index(self) -> Tensor:
@@ -285,22 +258,42 @@ class TokenBatch:
             self._derived[key] = make()
         return self._derived[key]
 
+    def _token_rows(self, modality: int, band_set: int) -> Tensor:
+        tokens = self.tokens_by_scale(modality, band_set)
+        return tokens.repeat_interleave(
+            run_lengths(self.scales[tokens]), output_size=self.modalities[modality].num_covered
+        )
+
     def _cell_index(self, modality: int) -> Tensor:
         frames = self.modalities[modality]
-        tokens = self.token_index(modality, 0)
+        tokens = self.tokens_by_scale(modality, 0)
         y, x = self.positions[tokens, :2].long().unbind(1)
         order, position = cell_tables(frames.grid, self.device)
         first = self.frame[tokens] * order.numel() + position[y * frames.grid.cols + x]
-        return runs(first, self.scales[tokens].long(), frames.num_covered)
+        return runs(first, run_lengths(self.scales[tokens]), frames.num_covered)
+
+    def _cell_places(self, modality: int) -> Tensor:
+        index, grid = self.cell_index(modality), self.modalities[modality].grid
+        position = index % grid.num_cells
+        return index - position + cell_tables(grid, self.device)[0][position]
+
+    def _covering(self, modality: int, band_set: int) -> Tensor:
+        frames = self.modalities[modality]
+        shape = (frames.num_frames, frames.grid.rows, frames.grid.cols)
+        nothing = torch.full((math.prod(shape),), self.num_tokens, device=self.device)
+        rows = self.token_rows(modality, band_set)
+        return nothing.index_copy(0, self.cell_places(modality), rows).view(shape)
 
     def _cells(self, modality: int, band_set: int) -> tuple[Tensor, Tensor]:
-        frames = self.modalities[modality]
-        index, grid = self.cell_index(modality), frames.grid
-        frame, position = index // grid.num_cells, index % grid.num_cells
-        row_major = cell_tables(grid, self.device)[0][position]
-        at = (frame, row_major // grid.cols, row_major % grid.cols)
-        chosen = frames.band_sets[band_set]
-        return cut(chosen.pixels, grid, at), cut(chosen.valid[:, None], grid, at)[:, 0]
+        places, grid = self.cell_places(modality), self.modalities[modality].grid
+        chosen = self.modalities[modality].band_sets[band_set]
+        return cut(chosen.pixels, grid, places), cut(chosen.valid[:, None], grid, places)[:, 0]
+
+    def _shrunk_cells(self, modality: int, band_set: int, scale: int) -> tuple[Tensor, Tensor]:
+        rows = [n * 4**s for s, n in enumerate(self.modalities[modality].tokens_per_scale)]
+        first, end = sum(rows[:scale]), sum(rows[: scale + 1])
+        pixels, valid = self.cells(modality, band_set)
+        return shrink(pixels[first:end], valid[first:end], scale)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Self:
         return replace(self, **_mapped(self, change))

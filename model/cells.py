@@ -18,15 +18,6 @@ _OF_BYTES = {
 }  # fmt: skip
 
 
-def runs(first: Tensor, scales: Tensor, total: int) -> Tensor:
-    """int64 [total]: the numbers `first[i] ... first[i] + 4**scales[i] - 1`, run after run."""
-    lengths = 1 << 2 * scales
-    offset = first - (lengths.cumsum(0) - lengths)
-    # Told the size, a GPU need not be waited for.
-    offset = offset.repeat_interleave(lengths, output_size=total)
-    return offset + torch.arange(total, device=first.device)
-
-
 @lru_cache(maxsize=32)
 def cell_tables(grid: BaseGrid, device: torch.device) -> tuple[Tensor, Tensor]:
     """int64 [cell] each: row-major index of every storage position, and the other way round."""
@@ -34,22 +25,49 @@ def cell_tables(grid: BaseGrid, device: torch.device) -> tuple[Tensor, Tensor]:
     return order, order.argsort()
 
 
-def cut(frames: Tensor, grid: BaseGrid, at: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-    """[M, C, P, P]: cells `at` (frame, row, column) of frames [F, C, y, x]."""
+def cut(frames: Tensor, grid: BaseGrid, places: Tensor) -> Tensor:
+    """[M, C, P, P]: some cells of frames [F, C, y, x], by frame * cells per frame + row-major index."""
     kind = frames.dtype
     if kind in SIGNED:
         frames = frames.view(SIGNED[kind])
     frames = _whole_cells(frames, grid)
     p = frames.shape[-1] // grid.cols
-    wide = None if frames.requires_grad else _OF_BYTES.get(p * frames.itemsize)
-    frame, row, column = at
-    if wide is None:
-        blocks = frames.unflatten(3, (grid.cols, p)).unflatten(2, (grid.rows, p))
-        cells = blocks[frame, :, row, :, column]
-        return cells.view(kind) if kind in SIGNED else cells
-    # A row of a cell moves as one number: four times as fast as px by px.
-    blocks = frames.contiguous().view(wide).unflatten(2, (grid.rows, p))
-    return blocks[frame, :, row, :, column].view(kind).unflatten(2, (p, p))
+    # Arrays without frames may have strides that cannot be seen as another type's.
+    plain = frames.requires_grad or not frames.numel()
+    wide = None if plain else _OF_BYTES.get(p * frames.itemsize)
+    # A row of a cell moves as one number, and a cell as one row of memory: both several times faster
+    # than indexing px by px.
+    moved = frames if wide is None else frames.contiguous().view(wide)
+    across = (grid.cols, moved.shape[-1] // grid.cols)
+    blocks = moved.unflatten(3, across).unflatten(2, (grid.rows, p)).permute(0, 2, 4, 1, 3, 5)
+    cells = blocks.flatten(0, 2).flatten(1).index_select(0, places)
+    cells = cells if cells.dtype == kind else cells.view(kind)
+    return cells.view(-1, frames.shape[1], p, p)
+
+
+def shrink(pixels: Tensor, valid: Tensor, scale: int) -> tuple[Tensor, Tensor]:
+    """Patches [n, C, P, P] and validity [n, P, P] of nodes, from their base cells shrunk by `2**scale`.
+
+    `pixels` [4**scale n, C, P, P] and `valid` [4**scale n, P, P] are base cells in storage order. A px
+    becomes the mean of the valid ones of its `2**scale x 2**scale`, in float32; it is valid if one of them
+    is, else 0.
+    """
+    there = _whole_nodes(valid[:, None], scale)
+    values = torch.where(there, _whole_nodes(pixels.float(), scale), 0)
+    count_n1PP = there.sum((3, 5))
+    mean = values.sum((3, 5)) / count_n1PP.clamp(min=1)
+    return mean, count_n1PP[:, 0] > 0
+
+
+def _whole_nodes(cells: Tensor, scale: int) -> Tensor:
+    """[n, C, P, 2**scale, P, 2**scale]: the squares of px that shrink to one, of base cells in Z-order."""
+    p, side = cells.shape[-1], 2**scale
+    # Bits of the Z-order: (y, x) of the coarsest level first.
+    halves = cells.unflatten(0, (-1, *([2] * 2 * scale)))
+    y_bits, x_bits = range(1, 2 * scale + 1, 2), range(2, 2 * scale + 1, 2)
+    bands, y, x = range(2 * scale + 1, 2 * scale + 4)
+    whole = halves.permute(0, bands, *y_bits, y, *x_bits, x)
+    return whole.reshape(-1, cells.shape[1], p, side, p, side)
 
 
 def _whole_cells(frames: Tensor, grid: BaseGrid) -> Tensor:

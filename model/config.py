@@ -34,11 +34,9 @@ def group_name(modality: str, band_set: str) -> str:
     return f"{modality}/{band_set or _FIRST}"
 
 
-class EncoderOptions(Frozen):
-    """How the encoder is built, whatever modalities it reads."""
+class EncoderChoices(Frozen):
+    """How the encoder is built, whatever modalities it reads and however large it is."""
 
-    width: int = Field(128, ge=HEAD_WIDTH, multiple_of=HEAD_WIDTH, description="Width of a token.")
-    depth: int = Field(4, ge=1, description="Transformer blocks.")
     kernel_px: int = Field(
         8,
         ge=1,
@@ -116,10 +114,6 @@ class EncoderOptions(Frozen):
         return self
 
     @property
-    def num_heads(self) -> int:
-        return self.width // HEAD_WIDTH
-
-    @property
     def num_prefix(self) -> int:
         """Tokens put in front of every sequence: class, registers, location, in this order."""
         return self.class_token + self.register_tokens + self.location_token
@@ -142,16 +136,32 @@ class EncoderOptions(Frozen):
                 f"global_every is {every}, which has no effect without windows; leave it out, or give "
                 "windows"
             )
-        if every is not None and every > self.depth:
-            raise ValueError(
-                f"global_every is {every}, and no block of {self.depth} would be global; it must be at "
-                f"most depth, {self.depth}"
-            )
         if windows is not None and every is None and self.num_prefix:
             raise ValueError(
                 f"windows is {windows}, and without a global block class, register and location tokens "
                 "would see no token of the tile; give global_every, or leave those tokens out"
             )
+
+
+class EncoderOptions(EncoderChoices):
+    """How the encoder is built, whatever modalities it reads."""
+
+    width: int = Field(128, ge=HEAD_WIDTH, multiple_of=HEAD_WIDTH, description="Width of a token.")
+    depth: int = Field(4, ge=1, description="Transformer blocks.")
+
+    @model_validator(mode="after")
+    def _some_block_is_global(self) -> Self:
+        every = self.global_every
+        if every is not None and every > self.depth:
+            raise ValueError(
+                f"global_every is {every}, and no block of {self.depth} would be global; it must "
+                f"be at most depth, {self.depth}"
+            )
+        return self
+
+    @property
+    def num_heads(self) -> int:
+        return self.width // HEAD_WIDTH
 
 
 class BandSetConfig(Frozen):

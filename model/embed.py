@@ -1,15 +1,13 @@
-"""From pixels to base tokens: normalisation, patch embedding, composite encodings.
+"""From pixels to base tokens: normalisation and patch embedding.
 
 Shape suffixes are those of `model.batch`.
 """
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import interpolate, linear
 
-from model.config import REFERENCE_DISTANCE_M
-
-_SINCOS_BASE = 10_000.0
+from model.batch import TokenBatch
+from model.kernels import resize_kernel
 
 
 class PixelNormalization(nn.Module):
@@ -33,56 +31,102 @@ class PixelNormalization(nn.Module):
 
 
 class PatchEmbedding(nn.Module):
-    """Every base cell to one token by a linear map of its normalised pixels and their validity."""
+    """Every base cell to one row by a linear map of its normalised pixels and their validity.
+
+    `weight` [D, C + 1, K, K] is the kernel for patches of `kernel_px` (K) a side, its last channel that of
+    validity; patches of another size get a resized one (`model.kernels`). `band_absent` [C, D], zero at
+    first, is added once for every band that a frame lacks.
+    """
 
     def __init__(self, num_bands: int, kernel_px: int, width: int) -> None:
         super().__init__()
-        self.projection = nn.Conv2d(num_bands + 1, width, kernel_px)
+        # As torch begins a linear map of as many numbers.
+        bound = ((num_bands + 1) * kernel_px**2) ** -0.5
+        shape = (width, num_bands + 1, kernel_px, kernel_px)
+        self.weight = nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(width).uniform_(-bound, bound))
+        self.band_absent = nn.Parameter(torch.zeros(num_bands, width))
 
-    def forward(self, pixels_MCPP: Tensor, valid_MPP: Tensor) -> Tensor:
-        channels = torch.cat([pixels_MCPP, valid_MPP[:, None].to(pixels_MCPP.dtype)], dim=1)
-        weight, size = self.projection.weight, valid_MPP.shape[1]
-        if size != weight.shape[-1]:
-            weight = interpolate(weight, (size, size), mode="bilinear", align_corners=False)
-        return linear(channels.flatten(1), weight.flatten(1), self.projection.bias)
+    def forward(
+        self,
+        pixels_MCPP: Tensor,
+        valid_MPP: Tensor,
+        absent_MC: Tensor | None = None,
+        onto_MD: Tensor | None = None,
+        vector_D: Tensor | None = None,
+    ) -> Tensor:
+        """[M, D], a row a function of its own patch alone.
+
+        `pixels` are normalised, 0 where not valid or absent; `absent` bool says which bands a row's frame
+        lacks. Added are the rows `onto`, whose memory is used for the result, and `vector` to every row.
+        """
+        constant_D = self.bias if vector_D is None else self.bias + vector_D
+        kernel = resize_kernel(self.weight, valid_MPP.shape[-1]).flatten(1)
+        # What is added is columns of the product too: as bias or look-up, it costs further passes.
+        weight_DX = torch.cat([kernel, self.band_absent.T, constant_D[:, None]], dim=1)
+        columns_MX = self._columns(pixels_MCPP, valid_MPP, absent_MC)
+        if onto_MD is None:
+            return columns_MX @ weight_DX.T
+        if torch.is_autocast_enabled(onto_MD.device.type):
+            # Which leaves operations in place as they are, in 32 bits.
+            return torch.addmm(onto_MD, columns_MX, weight_DX.T)
+        return onto_MD.addmm_(columns_MX, weight_DX.T)
+
+    def _columns(self, pixels_MCPP: Tensor, valid_MPP: Tensor, absent_MC: Tensor | None) -> Tensor:
+        """[M, C P P + P P + C + 1]: pixels, validity, absent bands, and a one."""
+        num_rows, num_bands = pixels_MCPP.shape[:2]
+        if absent_MC is None:
+            absent_MC = valid_MPP.new_zeros(num_rows, num_bands)
+        kind = self.weight.dtype
+        parts = [
+            pixels_MCPP.flatten(1).to(kind),
+            valid_MPP.flatten(1).to(kind),
+            absent_MC.to(kind),
+            pixels_MCPP.new_ones(num_rows, 1, dtype=kind),
+        ]
+        return torch.cat(parts, dim=1)
 
 
-class CompositeEncoding(nn.Module):
-    """What is added to a token besides its pixels, in four quarters of the width.
+def normalised_cells(
+    batch: TokenBatch, modality: int, band_set: int, normalization: PixelNormalization
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Pixels [M, C, P, P], 0 where not valid or absent; validity [M, P, P]; bands absent [M, C].
 
-    Quarters: modality (learned), index of the timestep (sine-cosine), month, and position (2-D
-    sine-cosine of the distance from the tile's corner in units of 10 m). The month's quarter stays
-    zero: stores hold no dates yet.
+    In the order of `cell_index`. Pixels that the dataset has normalised are left so.
     """
-
-    def __init__(self, width: int, metres_per_cell: float) -> None:
-        super().__init__()
-        if width % 16:
-            raise ValueError(f"width is {width}; the encoding needs a multiple of 16")
-        self.quarter = width // 4
-        self.units_per_cell = metres_per_cell / REFERENCE_DISTANCE_M
-        self.modality = nn.Parameter(torch.empty(self.quarter).normal_(std=0.02))
-
-    def forward(self, y: Tensor, x: Tensor, timestep: Tensor) -> Tensor:
-        """[n, D] for positions `y`, `x` in base cells (fractions allowed) and timesteps, each [n]."""
-        half = self.quarter // 2
-        return torch.cat(
-            [
-                self.modality.expand(len(y), -1),
-                sincos(timestep.float(), self.quarter),
-                self.modality.new_zeros(len(y), self.quarter),
-                sincos(y.float() * self.units_per_cell, half),
-                sincos(x.float() * self.units_per_cell, half),
-            ],
-            dim=1,
-        )
+    frame = batch.cell_index(modality) // batch.modalities[modality].grid.num_cells
+    cells = batch.cells(modality, band_set)
+    present_MC = _present(batch, modality, band_set, frame)
+    return _normalised(*cells, present_MC, None if batch.normalized else normalization)
 
 
-def sincos(positions: Tensor, width: int) -> Tensor:
-    """[n, width]: sines, then cosines, of positions [n] at geometrically spaced frequencies.
+def normalised_nodes(
+    batch: TokenBatch, modality: int, band_set: int, scale: int, normalization: PixelNormalization
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `normalised_cells` for the tokens of a scale, each shrunk to the size of a base cell.
 
-    Frequencies run from 1 down to 1 / 10000, as in Vaswani et al. (2017), section 3.5.
+    In the order of `tokens_by_scale`.
     """
-    exponents = torch.arange(width // 2, device=positions.device, dtype=torch.float32) * 2 / width
-    angles = positions[:, None] * _SINCOS_BASE**-exponents
-    return torch.cat([angles.sin(), angles.cos()], dim=1)
+    frame = batch.frame.index_select(0, batch.tokens_by_scale(modality, band_set, scale))
+    nodes = batch.cells(modality, band_set, scale)
+    present_MC = _present(batch, modality, band_set, frame)
+    return _normalised(*nodes, present_MC, None if batch.normalized else normalization)
+
+
+def _present(batch: TokenBatch, modality: int, band_set: int, frame: Tensor) -> Tensor:
+    """bool [n, C]: which bands these frames have."""
+    return batch.modalities[modality].band_sets[band_set].band_present.index_select(0, frame)
+
+
+def _normalised(
+    pixels_MCPP: Tensor,
+    valid_MPP: Tensor,
+    present_MC: Tensor,
+    normalization: PixelNormalization | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    there_MCPP = valid_MPP[:, None] & present_MC[:, :, None, None]
+    if normalization is None:
+        pixels_MCPP = torch.where(there_MCPP, pixels_MCPP.float(), 0)
+    else:
+        pixels_MCPP = normalization(pixels_MCPP, there_MCPP)
+    return pixels_MCPP, valid_MPP, ~present_MC

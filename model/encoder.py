@@ -8,7 +8,7 @@ packed sequences. This module only wires; each step has a module of its own. Sha
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal, Self
+from typing import Self
 
 import torch
 from pydantic import ValidationError
@@ -16,12 +16,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from model.batch import BandSetPixels, ModalityFrames, TokenBatch
-from model.blocks import BlockStack
-from model.config import REFERENCE_DISTANCE_M, EncoderConfig, group_name
-from model.embed import CompositeEncoding, PatchEmbedding, PixelNormalization
+from model.batch import TokenBatch
+from model.blocks import BlockStack, Rotary
+from model.config import EncoderConfig, group_name
+from model.embed import PatchEmbedding, PixelNormalization, normalised_cells, normalised_nodes
 from model.encoded import Encoded
+from model.encodings import CompositeEncodings, SizePosition, rotary_tables
 from model.merge import RunMerge
+from model.prefix import PrefixTokens
+from model.sequences import See, plan, windowed
 from pipeline.errors import ConfigError
 from pipeline.settings.canonical import canonical_json
 
@@ -38,69 +41,63 @@ class APTEncoder(nn.Module):
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         self.config = config
-        sets = [(m.name, s) for m in config.modalities for s in m.band_sets]
-        names = [group_name(m, s.name) for m, s in sets]
+        sets = {group_name(m.name, s.name): s for m in config.modalities for s in m.band_sets}
         self.normalization = nn.ModuleDict(
-            {n: PixelNormalization(s.value_range) for n, (_, s) in zip(names, sets, strict=True)}
+            {name: PixelNormalization(of.value_range) for name, of in sets.items()}
         )
         self.embedding = nn.ModuleDict(
             {
-                n: PatchEmbedding(len(s.bands), config.kernel_px, config.width)
-                for n, (_, s) in zip(names, sets, strict=True)
+                name: PatchEmbedding(len(of.bands), config.kernel_px, config.width)
+                for name, of in sets.items()
             }
         )
-        self.encoding = nn.ModuleDict(
-            {n: CompositeEncoding(config.width, REFERENCE_DISTANCE_M) for n in names}
-        )
-        self.merge = RunMerge(config.width)
-        self.stack = BlockStack(config.width, config.depth)
+        self.encoding = CompositeEncodings(config)
+        self.merge = RunMerge(config.width, config.merge, config.merge_levels, config.merge_init)
+        self.size_position = SizePosition(config.width) if config.size_position else None
+        self.prefix = PrefixTokens(config) if config.num_prefix else None
+        self.stack = BlockStack(config, config.depth)
 
-    def forward(self, batch: TokenBatch, see: Literal["online", "target"] = "online") -> Encoded:
-        """The tokens a batch's mask lets be seen, encoded.
+    def forward(self, batch: TokenBatch, see: See = "online") -> Encoded:
+        """The tokens a batch's mask lets be seen, encoded; the others take no part in anything.
 
         "online" sees those marked `ONLINE`, "target" all but `MISSING`. Raises ConfigError for a
         modality, band set or bands the encoder was not made for.
         """
-        tokens = self.stack(self.embed(batch), batch.cu_seqlens, batch.max_seqlen)
-        tile = torch.arange(batch.num_tiles, device=batch.device)
-        return Encoded(tokens, None, None, None, tile, torch.full_like(tile, -1))
+        tokens_ND = self.embed(batch)
+        sequences = plan(batch, self.config.sequences, see, self.config.num_prefix)
+        prefix_SRD = None if self.prefix is None else self.prefix(batch, sequences.tile)
+        rotary, sides = self.rotary(batch), self.config.windows
+        encoded = self.stack(
+            sequences.put(sequences.see(tokens_ND), prefix_SRD),
+            sequences.packed,
+            None if rotary is None else sequences.put_rotary(*rotary),
+            None if sides is None else windowed(batch, sequences, sides),
+        )
+        tokens_VD, prefix_SRD = sequences.take(encoded)
+        parts = (None, None) if self.prefix is None else self.prefix.parts(prefix_SRD)
+        return Encoded(tokens_VD, sequences.visible, *parts, sequences.tile, sequences.timestep)
 
     def embed(self, batch: TokenBatch) -> Tensor:
         """Embedded, encoded and merged tokens [N, D], before any token saw another."""
-        rows = [
-            self.embedding[name](*self.pixels(batch, m, b)) + self._base_encoding(batch, m, name)
-            for m, b, name in self._groups(batch)
-        ]
-        return self.merge(torch.cat(rows), batch)
+        rows = [self._base_rows(batch, m, b, name) for m, b, name in self._groups(batch)]
+        resized_ND = self._resized(batch) if self.config.merge_init == "zero" else None
+        tokens_ND: Tensor = self.merge(rows, batch, resized_ND)
+        if self.size_position is not None:
+            tokens_ND = tokens_ND + self.size_position(batch)
+        return tokens_ND
 
     def token_encoding(self, batch: TokenBatch) -> Tensor:
-        """[N, D]: the encoding of every token's place, at its leaf's centre."""
-        y, x, scale, timestep = batch.positions.float().unbind(1)
-        middle = (2**scale - 1) / 2
-        encoding = torch.zeros(
-            batch.num_tokens, self.config.width, device=batch.device, dtype=torch.float32
-        )
-        for m, b, name in self._groups(batch):
-            at = batch.token_index(m, b)
-            units = self._units_per_cell(batch.modalities[m])
-            of_group = self.encoding[name](
-                (y + middle)[at] * units, (x + middle)[at] * units, timestep[at]
-            )
-            encoding = encoding.index_copy(0, at, of_group)
-        return encoding
+        """[N, D]: the encoding at every token's centre; with position "rotary" see `rotary` also."""
+        return self.encoding.tokens(batch)
+
+    def rotary(self, batch: TokenBatch) -> Rotary | None:
+        """cos and sin [N, 32] of the batch's tokens; None unless positions are rotations."""
+        return rotary_tables(batch, self.config) if self.config.position == "rotary" else None
 
     def pixels(self, batch: TokenBatch, modality: int, band_set: int) -> tuple[Tensor, Tensor]:
         """Normalised pixels [M, C, P, P] of a group, 0 where invalid or dropped, and validity [M, P, P]."""
-        frames = batch.modalities[modality]
-        chosen = frames.band_sets[band_set]
-        pixels_MCPP, valid_MPP = batch.cells(modality, band_set)
-        frame = batch.cell_index(modality) // frames.grid.num_cells
-        present_MC = chosen.band_present.index_select(0, frame)
-        there_MCPP = valid_MPP[:, None] & present_MC[:, :, None, None]
-        if batch.normalized:
-            return torch.where(there_MCPP, pixels_MCPP.float(), 0), valid_MPP
-        normalization = self.normalization[self._name(frames, chosen)]
-        return normalization(pixels_MCPP, there_MCPP), valid_MPP
+        normalization = self._normalization(batch, modality, band_set)
+        return normalised_cells(batch, modality, band_set, normalization)[:2]
 
     def save_pretrained(self, folder: Path) -> None:
         """Write `model.safetensors` and then `config.json` into `folder`."""
@@ -125,21 +122,43 @@ class APTEncoder(nn.Module):
     def _groups(self, batch: TokenBatch) -> Iterator[tuple[int, int, str]]:
         """(modality, band set, name) of every group of a batch, in the batch's order."""
         for m, frames in enumerate(batch.modalities):
-            for b, band_set in enumerate(frames.band_sets):
-                yield m, b, self._name(frames, band_set)
+            for b in range(len(frames.band_sets)):
+                yield m, b, self._name(batch, m, b)
 
-    def _name(self, frames: ModalityFrames, band_set: BandSetPixels) -> str:
-        self.config.band_set(frames.name, band_set.name, band_set.bands)
-        return group_name(frames.name, band_set.name)
+    def _name(self, batch: TokenBatch, modality: int, band_set: int) -> str:
+        """A group's name among the weights; ConfigError if the encoder was not made for it."""
+        frames = batch.modalities[modality]
+        chosen = frames.band_sets[band_set]
+        self.config.band_set(frames.name, chosen.name, chosen.bands)
+        return group_name(frames.name, chosen.name)
 
-    def _base_encoding(self, batch: TokenBatch, modality: int, name: str) -> Tensor:
-        """[M, D]: the encoding of every base row."""
-        frames, index = batch.modalities[modality], batch.cell_index(modality)
-        cells, units = frames.grid.num_cells, self._units_per_cell(frames)
-        yx = torch.tensor(frames.grid.cell_yx).to(index.device)
-        y, x = yx[index % cells].unbind(1)
-        return self.encoding[name](y * units, x * units, frames.timestep[index // cells])
+    def _normalization(self, batch: TokenBatch, modality: int, band_set: int) -> PixelNormalization:
+        found = self.normalization[self._name(batch, modality, band_set)]
+        assert isinstance(found, PixelNormalization)
+        return found
 
-    def _units_per_cell(self, frames: ModalityFrames) -> float:
-        metres_per_px = self.config.modality(frames.name).metres_per_px
-        return frames.grid.base_patch_size * metres_per_px / REFERENCE_DISTANCE_M
+    def _base_rows(self, batch: TokenBatch, modality: int, band_set: int, name: str) -> Tensor:
+        """[M, D]: every base row of a group, embedded and encoded."""
+        frames = batch.modalities[modality]
+        normalization = self._normalization(batch, modality, band_set)
+        cells = normalised_cells(batch, modality, band_set, normalization)
+        onto_MD = self.encoding.base_rows(batch, modality)
+        vector_D = self.encoding.band_set_vector(frames.name, frames.band_sets[band_set].name)
+        rows_MD: Tensor = self.embedding[name](*cells, onto_MD, vector_D)
+        return rows_MD
+
+    def _resized(self, batch: TokenBatch) -> Tensor:
+        """[N, D]: of every coarse token its patch shrunk to base size, embedded, with its encoding."""
+        encoding_ND = self.encoding.tokens(batch)
+        tokens, rows = [], []
+        for m, b, name in self._groups(batch):
+            normalization = self._normalization(batch, m, b)
+            for scale in range(1, batch.modalities[m].grid.num_scales):
+                tokens.append(batch.tokens_by_scale(m, b, scale))
+                patches = normalised_nodes(batch, m, b, scale, normalization)
+                rows.append(self.embedding[name](*patches))
+        if not rows:
+            return encoding_ND
+        embedded, at = torch.cat(rows), torch.cat(tokens)
+        # Under autocast the embedding has fewer bits than the encoding.
+        return encoding_ND.index_add(0, at, embedded.to(encoding_ND.dtype))

@@ -1,62 +1,56 @@
 """Self-supervised pretraining: predict the hidden tokens' pixels from the visible ones.
 
-Visible tokens are encoded; a light predictor sees them and the places of the hidden ones; its target
-is a frozen random projection of the hidden tokens' base patches. The loss is patch discrimination:
-each prediction must pick its own target among those of all hidden tokens of the same tile.
+Tokens a batch's mask marks `ONLINE` are encoded; a light predictor sees them and the places of those marked
+`DECODER`; its target is a frozen random projection of the hidden tokens' base patches. The loss is patch
+discrimination: each prediction must pick its own target among those of the hidden tokens of the same tile,
+modality and band set, of any date.
+
+Shape suffixes are those of `model.batch`; T = width of a target.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, interpolate, normalize
+from torch.nn.functional import cross_entropy, normalize
 
-from model.batch import TokenBatch, cumulative_lengths, only_group
+from model.attention import Packed
+from model.batch import DECODER, ONLINE, TokenBatch
 from model.blocks import BlockStack
+from model.config import EncoderConfig, EncoderOptions, group_name
 from model.encoder import APTEncoder
+from model.kernels import resize_kernel
+from model.masks import with_token_masks
 from model.merge import average_runs
 
 PREDICTOR_DEPTH = 2
 TARGET_WIDTH = 128
 TEMPERATURE = 0.1
+_NOBODY = -1
 
 
-@dataclass(frozen=True)
-class Masking:
-    """Token indices int64 of the visible and hidden tokens, and how many of each tile has, [B]."""
+def random_masking(batch: TokenBatch, hidden_share: float, seed: tuple[int, ...]) -> TokenBatch:
+    """The batch with `round(hidden_share * n)` of each tile's `n` visible tokens hidden (`DECODER`).
 
-    visible: Tensor
-    hidden: Tensor
-    visible_per_tile: Tensor
-    hidden_per_tile: Tensor
-
-
-def random_masking(batch: TokenBatch, hidden_share: float, seed: tuple[int, ...]) -> Masking:
-    """Hide `round(hidden_share * n)` of each tile's `n` tokens, at least one and never all.
-
-    A tile of one token keeps it visible. The choice is a pure function of `seed`.
+    At least one and never all; a tile of one token keeps it visible. Visible are those marked `ONLINE`;
+    other marks stay. The choice is a pure function of `seed` and of which tokens are visible.
     """
-    ends = batch.cu_seqlens.cpu().numpy().astype(np.int64)
-    lengths = np.diff(ends)
-    tile = np.repeat(np.arange(lengths.size), lengths)
+    mask = batch.mask.cpu().numpy().copy()
+    visible = np.flatnonzero(mask == ONLINE)
+    tile = batch.tile_of_token.cpu().numpy()[visible]
+    lengths = np.bincount(tile, minlength=batch.num_tiles)
     order = np.lexsort((np.random.default_rng(seed).random(tile.size), tile))
     rank = np.empty(tile.size, np.int64)
-    rank[order] = np.arange(tile.size) - ends[:-1][tile]
+    rank[order] = np.arange(tile.size) - (lengths.cumsum() - lengths)[tile]
     wanted = np.round(lengths * hidden_share).astype(np.int64)
     num_hidden = np.clip(wanted, np.minimum(1, lengths - 1), np.maximum(lengths - 1, 0))
-    hidden = rank < num_hidden[tile]
-    device = batch.scales.device
-    return Masking(
-        visible=torch.from_numpy(np.flatnonzero(~hidden)).to(device),
-        hidden=torch.from_numpy(np.flatnonzero(hidden)).to(device),
-        visible_per_tile=torch.from_numpy(lengths - num_hidden),
-        hidden_per_tile=torch.from_numpy(num_hidden),
-    )
+    mask[visible[rank < num_hidden[tile]]] = DECODER
+    return with_token_masks(batch, torch.from_numpy(mask).to(batch.device))
 
 
 class MaskedPrediction(nn.Module):
-    """An encoder with the predictor and targets that train it. Returns the loss of a batch."""
+    """An encoder with the predictor and targets that train it. Returns the loss of a masked batch."""
 
     def __init__(self, encoder: APTEncoder) -> None:
         super().__init__()
@@ -64,61 +58,144 @@ class MaskedPrediction(nn.Module):
         self.encoder = encoder
         self.mask_token = nn.Parameter(torch.empty(config.width).normal_(std=0.02))
         self.adapter = nn.Linear(config.width, config.width)
-        self.predictor = BlockStack(config.width, PREDICTOR_DEPTH)
+        self.predictor = BlockStack(_predictor_options(config), PREDICTOR_DEPTH)
         self.head = nn.Linear(config.width, TARGET_WIDTH)
-        pixels = len(config.modalities[0].band_sets[0].bands) * config.kernel_px**2
-        self.target_projection = nn.Linear(pixels, TARGET_WIDTH, bias=False).requires_grad_(False)
+        self.targets_of = nn.ModuleDict(_projections(config))
 
-    def forward(self, batch: TokenBatch, masking: Masking) -> Tensor:
-        predicted = self.predict(batch, masking)
+    def forward(self, batch: TokenBatch) -> Tensor:
+        """The loss of the tokens marked `DECODER`, a scalar; 0 if there are none."""
+        hidden = hidden_tokens(batch)
         return patch_discrimination(
-            predicted, self.targets(batch)[masking.hidden], masking.hidden_per_tile.tolist()
+            self.predict(batch, hidden),
+            self.targets(batch).index_select(0, hidden),
+            _sizes(_sets(batch).index_select(0, hidden)),
         )
 
-    def predict(self, batch: TokenBatch, masking: Masking) -> Tensor:
-        """[hidden, TARGET_WIDTH]: predictions from the visible tokens' pixels alone."""
-        visible = self.encoder.embed(batch).index_select(0, masking.visible)
-        cu_visible = cumulative_lengths(masking.visible_per_tile).to(visible.device)
-        encoded = self.encoder.stack(visible, cu_visible, int(masking.visible_per_tile.max()))
+    def predict(self, batch: TokenBatch, hidden: Tensor) -> Tensor:
+        """[hidden, T]: predictions for tokens `hidden` int64 [hidden] from the visible tokens' pixels."""
+        encoded = self.encoder(batch)
         full_ND = self.mask_token.expand(batch.num_tokens, -1)
         # Under autocast the adapter's output has fewer bits than the mask token.
-        adapted = self.adapter(encoded).to(full_ND.dtype)
-        full_ND = full_ND.index_copy(0, masking.visible, adapted)
-        full_ND = full_ND + self.encoder.token_encoding(batch)
-        predicted = self.predictor(full_ND, batch.cu_seqlens, batch.max_seqlen)
-        return self.head(predicted.index_select(0, masking.hidden))
+        adapted = self.adapter(encoded.tokens).to(full_ND.dtype)
+        if encoded.visible is not None:
+            adapted = full_ND.index_copy(0, encoded.visible, adapted)
+        adapted = adapted + self.encoder.token_encoding(batch)
+        packed = Packed(batch.cu_seqlens, batch.max_seqlen)
+        predicted = self.predictor(adapted, packed, self.encoder.rotary(batch))
+        return self.head(predicted.index_select(0, hidden))
 
     @torch.no_grad()
     def targets(self, batch: TokenBatch) -> Tensor:
-        """[N, TARGET_WIDTH]: random projection of each token's mean base patch.
+        """[N, T]: random projection of each token's mean base patch, every band set having its own.
 
-        Centred per tile: what all tokens of a tile share says nothing about which one is which.
+        Centred over the tokens of a tile and band set: what all of them share says nothing about which one
+        is which.
         """
-        only_group(batch, "MaskedPrediction")
-        pixels, _ = self.encoder.pixels(batch, 0, 0)
-        size = self.encoder.config.kernel_px
-        if pixels.shape[-1] != size:
-            pixels = interpolate(pixels, (size, size), mode="bilinear")
-        projected = average_runs(self.target_projection(pixels.flatten(1)), batch)
-        lengths, tile = batch.cu_seqlens.diff(), batch.tile_of_token
-        sums = projected.new_zeros(batch.num_tiles, TARGET_WIDTH).index_add(0, tile, projected)
-        return projected - (sums / lengths.clamp(min=1)[:, None]).index_select(0, tile)
+        # In 16 bits patches that are nearly alike would have the same target.
+        with torch.autocast(batch.device.type, enabled=False):
+            rows = [
+                self.targets_of[group_name(frames.name, band_set.name)](
+                    self.encoder.pixels(batch, m, b)[0]
+                )
+                for m, frames in enumerate(batch.modalities)
+                for b, band_set in enumerate(frames.band_sets)
+            ]
+            return _centred(average_runs(rows, batch), _sets(batch), _num_sets(batch))
 
 
-def patch_discrimination(predicted: Tensor, targets: Tensor, per_tile: list[int]) -> Tensor:
-    """Mean cross-entropy of finding each prediction's own target among its tile's.
+def _predictor_options(config: EncoderConfig) -> EncoderOptions:
+    return EncoderOptions(width=config.width)
 
-    `predicted` and `targets` are [hidden, width]; `per_tile` says how many belong to each tile.
-    Chance level is the mean of log(hidden tokens of the tile). Source: the patch discrimination
-    objective of latent masked image modeling (Wei, Gupta and Morgado, 2024).
+
+class FrozenProjection(nn.Module):
+    """A random projection of patches [M, C, P, P] to [M, T], with one kernel for all patch sizes."""
+
+    def __init__(self, num_bands: int, kernel_px: int) -> None:
+        super().__init__()
+        shape = (TARGET_WIDTH, num_bands, kernel_px, kernel_px)
+        self.kernel = nn.Parameter(torch.empty(shape).normal_(), requires_grad=False)
+
+    def forward(self, patches_MCPP: Tensor) -> Tensor:
+        kernel = resize_kernel(self.kernel, patches_MCPP.shape[-1])
+        return patches_MCPP.flatten(1) @ kernel.flatten(1).T
+
+
+def hidden_tokens(batch: TokenBatch) -> Tensor:
+    """int64 [hidden]: the tokens to predict, ascending."""
+    return (batch.mask == DECODER).nonzero()[:, 0]
+
+
+def patch_discrimination(predicted: Tensor, targets: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Mean cross-entropy of finding each prediction's own target among those of its set.
+
+    `predicted` and `targets` are [hidden, T]; `sizes` says how many neighbours form each set. Chance level
+    is the mean of log(size of the set). Source: the patch discrimination objective of latent masked image
+    modeling (Wei, Gupta and Morgado, 2024).
     """
-    similarity = zip(
-        normalize(predicted, dim=1).split(per_tile),
-        normalize(targets, dim=1).split(per_tile),
-        strict=True,
+    of_sets = np.array([size for size in sizes if size], np.int64)
+    starts = of_sets.cumsum() - of_sets
+    predicted, targets = normalize(predicted, dim=1), normalize(targets, dim=1)
+    # Sets of about equal size at once, so that padding at most doubles a side.
+    octaves = np.ceil(np.log2(of_sets))
+    total = predicted.sum() * 0
+    for octave in np.unique(octaves):
+        chosen = octaves == octave
+        total = total + _padded_loss(predicted, targets, starts[chosen], of_sets[chosen])
+    return total / max(len(predicted), 1)
+
+
+def _padded_loss(
+    predicted: Tensor, targets: Tensor, starts: np.ndarray, sizes: np.ndarray
+) -> Tensor:
+    """The sum of cross-entropies of sets, int64 [sets], padded to the largest one."""
+    place = np.arange(sizes.max())
+    inside = place < sizes[:, None]
+    at = torch.from_numpy(np.where(inside, starts[:, None] + place, 0)).to(predicted.device)
+    own = torch.from_numpy(np.where(inside, place, _NOBODY)).to(predicted.device)
+    similarity = _rows(predicted, at) @ _rows(targets, at).mT / TEMPERATURE
+    similarity = similarity.masked_fill(own[:, None] == _NOBODY, -torch.inf)
+    return cross_entropy(
+        similarity.flatten(0, 1), own.flatten(), ignore_index=_NOBODY, reduction="sum"
     )
-    losses = [
-        cross_entropy(p @ t.T / TEMPERATURE, torch.arange(len(p), device=p.device), reduction="sum")
-        for p, t in similarity
-    ]
-    return torch.stack(losses).sum() / max(len(predicted), 1)
+
+
+def _rows(values: Tensor, at: Tensor) -> Tensor:
+    """[sets, places, T] of [hidden, T]. index_select: the backward of indexing with [] is slow."""
+    return values.index_select(0, at.flatten()).unflatten(0, at.shape)
+
+
+def _projections(config: EncoderConfig) -> dict[str, nn.Module]:
+    """By the name of every band set the encoder reads."""
+    return {
+        group_name(modality.name, band_set.name): FrozenProjection(
+            len(band_set.bands), config.kernel_px
+        )
+        for modality in config.modalities
+        for band_set in modality.band_sets
+    }
+
+
+def _num_sets(batch: TokenBatch) -> int:
+    return batch.num_tiles * len(batch.modalities) * _most_band_sets(batch)
+
+
+def _sets(batch: TokenBatch) -> Tensor:
+    """int64 [N], ascending: a number for each tile, modality and band set together."""
+    of_modality = batch.tile_of_token * len(batch.modalities) + batch.modality
+    return of_modality * _most_band_sets(batch) + batch.band_set
+
+
+def _sizes(sets: Tensor) -> list[int]:
+    """How many neighbours have the same number."""
+    return torch.unique_consecutive(sets, return_counts=True)[1].tolist()
+
+
+def _most_band_sets(batch: TokenBatch) -> int:
+    return max(len(frames.band_sets) for frames in batch.modalities)
+
+
+def _centred(values: Tensor, sets: Tensor, num_sets: int) -> Tensor:
+    """[N, T] less the mean of each set."""
+    sums = values.new_zeros(num_sets, values.shape[1]).index_add(0, sets, values)
+    counts = torch.bincount(sets, minlength=num_sets).clamp(min=1)
+    return values - (sums / counts[:, None]).index_select(0, sets)

@@ -7,13 +7,8 @@ from itertools import accumulate
 import numpy as np
 import torch
 
-from model.batch import (
-    ONLINE,
-    BandSetPixels,
-    LabelFrames,
-    ModalityFrames,
-    TokenBatch,
-)
+from model.batch import ONLINE, TokenBatch
+from model.frames import BandSetPixels, LabelFrames, ModalityFrames
 from pipeline import segments
 from pipeline.grid import BaseGrid
 from pipeline.storage.tiles import expand
@@ -39,7 +34,8 @@ class FrameArrays:
 
     `scales` uint8 [leaf] holds the leaves frame after frame, `counts` int64 [F] of each; every frame's
     cover its whole `grid`, missing ones included. `tile` int64 [F] is the frame's tile in the batch,
-    ascending; `timestep` int64 [F]; `timestamps` int32 [F, 3] as in `ModalityFrames`.
+    ascending; `timestep` int64 [F]; `timestamps` int32 [F, 3] and `static` as in
+    `ModalityFrames`.
     """
 
     name: str
@@ -50,6 +46,7 @@ class FrameArrays:
     tile: np.ndarray
     timestep: np.ndarray
     timestamps: np.ndarray
+    static: bool = False
 
 
 @dataclass
@@ -69,6 +66,7 @@ class TileArrays:
     """Everything read of the tiles of a batch; what augments it changes it in place.
 
     `tile_indices` int64 [B] are rows of the dataset. `labels` holds label rasters, or arrays [B, ...].
+    `location` [B, 2] as in `TokenBatch`; None where no tile's is known.
     """
 
     tile_indices: np.ndarray
@@ -76,6 +74,7 @@ class TileArrays:
     labels: dict[str, LabelArrays | np.ndarray] = field(default_factory=dict)
     normalized: bool = False
     skipped: tuple[str, ...] = ()
+    location: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -122,6 +121,7 @@ def pack(read: TileArrays) -> TokenBatch:
         cu_seqlens=torch.from_numpy(np.append(0, np.cumsum(tokens_per_tile)).astype(np.int32)),
         max_seqlen=int(tokens_per_tile.max(initial=0)),
         tile_indices=torch.from_numpy(np.asarray(read.tile_indices, np.int64)),
+        location=_location(read.location, num_tiles),
         normalized=read.normalized,
         skipped=read.skipped,
     )
@@ -193,7 +193,15 @@ def _modality(frames: FrameArrays, leaves: _Leaves) -> ModalityFrames:
         timestep=torch.from_numpy(frames.timestep),
         timestamps=torch.from_numpy(frames.timestamps),
         tokens_per_scale=tuple(map(int, per_scale)),
+        num_timesteps=int(frames.timestep.max(initial=0)) + 1,
+        static=frames.static,
     )
+
+
+def _location(location: np.ndarray | None, num_tiles: int) -> torch.Tensor:
+    if location is None:
+        location = np.full((num_tiles, 2), np.nan)
+    return torch.from_numpy(location.astype(np.float32))
 
 
 def _label(label: LabelArrays | np.ndarray) -> LabelFrames | torch.Tensor:

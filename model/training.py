@@ -1,4 +1,4 @@
-"""Pretraining runs: configuration, the Lightning module, checkpoints and the loss file.
+"""Pretraining runs: the Lightning module, checkpoints and the loss file.
 
 A run's folder holds `run.json` (configuration and the identity of the data), `checkpoint.safetensors`
 (everything needed to go on), `loss.csv` and, at the end, `encoder/`.
@@ -15,19 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
-from pydantic import Field, model_validator
 
-from model.attention import choose_attention
 from model.batch import TokenBatch
 from model.checkpoint import SafetensorsCheckpointIO, read_checkpoint
-from model.config import EncoderConfig, Size
+from model.config import EncoderConfig
 from model.data import BatchStream, TileDataset
 from model.encoder import CONFIG_FILE, APTEncoder
 from model.objectives import MaskedPrediction, random_masking
+from model.training_config import TrainConfig, chosen_precision
 from pipeline.errors import StoreError
-from pipeline.scorers.config import Frozen
 from pipeline.settings.canonical import canonical_json
 from pipeline.storage.objects import Location
 from pipeline.store import open_store
@@ -38,49 +37,7 @@ CHECKPOINT, LOSS_FILE, RUN_FILE, ENCODER = (
     "run.json",
     "encoder",
 )
-_BATCH_TILES = 8
 _LOSS_COLUMNS = ("step", "loss", "tokens", "learning_rate")
-
-
-class TrainConfig(Frozen):
-    """The whole configuration of `aptile train`."""
-
-    partition: str = Field("default", description="The store's partition that becomes tokens.")
-    size: Size = Field("nano", description="Encoder size: nano, tiny, small, base or large.")
-    steps: int = Field(300, ge=1, description="Optimiser steps of the whole run.")
-    batch_tokens: int | None = Field(
-        None, ge=1, description="Most tokens of a step; no tile may have more."
-    )
-    batch_tiles: int | None = Field(
-        None, ge=1, description="Tiles per step, instead of batch_tokens; 8 if neither is given."
-    )
-    split: str | tuple[str, ...] | None = Field(
-        None, description="Train on the tiles of these splits only; on all tiles if not given."
-    )
-    learning_rate: float = Field(2e-3, gt=0, description="Peak learning rate of AdamW.")
-    warmup_steps: int = Field(20, ge=0, description="Steps of linear warm-up before cosine decay.")
-    weight_decay: float = Field(0.02, ge=0, description="Weight decay of AdamW.")
-    hidden_share: float = Field(0.5, gt=0, lt=1, description="Share of a tile's tokens to predict.")
-    seed: int = Field(0, ge=0, description="Fixes initial weights, the order of tiles and masks.")
-    checkpoint_every: int = Field(100, ge=1, description="Steps between checkpoints.")
-
-    @model_validator(mode="after")
-    def _consistent(self) -> "TrainConfig":
-        if self.warmup_steps >= self.steps:
-            raise ValueError(
-                f"warmup_steps is {self.warmup_steps}; it must be below steps, {self.steps}"
-            )
-        if self.batch_tokens is not None and self.batch_tiles is not None:
-            raise ValueError(
-                f"batch_tokens is {self.batch_tokens} and batch_tiles is {self.batch_tiles}; "
-                "give one of them"
-            )
-        return self
-
-    @property
-    def tiles_per_step(self) -> int | None:
-        """None with a token budget."""
-        return None if self.batch_tokens else self.batch_tiles or _BATCH_TILES
 
 
 @dataclass(frozen=True)
@@ -106,10 +63,13 @@ class Pretraining(pl.LightningModule):
         self.objective = MaskedPrediction(APTEncoder(encoder))
 
     def training_step(self, batch: TokenBatch, batch_index: int) -> dict[str, Any]:
-        masking = random_masking(
-            batch, self.config.hidden_share, (self.config.seed, self.global_step)
-        )
-        return {"loss": self.objective(batch, masking), "tokens": batch.num_tokens}
+        # What layers draw depends on the step alone, so that a run that was stopped goes on the same.
+        torch.manual_seed(self._seed_of_step)
+        return {"loss": self.objective(batch), "tokens": batch.num_tokens}
+
+    def on_before_batch_transfer(self, batch: TokenBatch, dataloader_idx: int) -> TokenBatch:
+        # Masks are drawn on the CPU; a GPU would have to be waited for.
+        return random_masking(batch, self.config.hidden_share, (self.config.seed, self.global_step))
 
     def transfer_batch_to_device(
         self, batch: TokenBatch, device: torch.device, dataloader_idx: int
@@ -126,6 +86,11 @@ class Pretraining(pl.LightningModule):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": schedule, "interval": "step"},
         }
+
+    @property
+    def _seed_of_step(self) -> int:
+        words = np.random.SeedSequence((self.config.seed, self.global_step)).generate_state(2)
+        return int(words[0]) << 32 | int(words[1])
 
     def _rate(self, step: int) -> float:
         """Share of the peak learning rate at a step."""
@@ -189,11 +154,15 @@ def train(
     something else, or a run of another configuration or other data.
     """
     opened = open_store(store)
-    modality = opened.tokenized[0]
-    dataset = TileDataset(opened, config.partition, {modality: [""]}, config.split)
+    chosen_precision(config.precision)
+    dataset = TileDataset(
+        opened, config.partition, config.modalities, config.split, augment=config.augment
+    )
     if len(dataset) == 0:
         raise StoreError(f"{store}: the store has no tiles to train from")
-    encoder = EncoderConfig.for_store(opened, {modality: [""]}, config.size)
+    encoder = EncoderConfig.for_store(
+        opened, config.modalities, config.size, **config.encoder.model_dump()
+    )
     _claim_folder(out, config, encoder, opened.digest)
     done = _steps_done(out)
     # A run that was killed between its last checkpoint and its export still lacks the encoder.
@@ -205,12 +174,6 @@ def train(
     return TrainReport(
         out, config.steps, config.steps - done, sum(first) / tenth, sum(last) / tenth
     )
-
-
-def attention_name() -> str:
-    """The attention a run on this machine uses, for the log."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return choose_attention(device).__name__.strip("_")
 
 
 def _fit(
@@ -237,8 +200,7 @@ def _fit(
         trainer = pl.Trainer(
             accelerator="cuda" if torch.cuda.is_available() else "cpu",
             devices=1,
-            # The packed attention kernels of CUDA take 16-bit numbers only.
-            precision="bf16-mixed" if torch.cuda.is_available() else "32-true",
+            precision=chosen_precision(config.precision),
             max_steps=config.steps,
             # Epochs of a token budget differ in their number of steps.
             reload_dataloaders_every_n_epochs=1,
@@ -250,6 +212,8 @@ def _fit(
             plugins=[SafetensorsCheckpointIO()],
         )
         module = Pretraining(config, encoder)
+        if config.compile:
+            module.objective.compile_blocks()
         try:
             trainer.fit(module, stream, ckpt_path=str(out / CHECKPOINT) if done else None)
         except SystemExit:

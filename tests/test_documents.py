@@ -12,7 +12,7 @@ import pytest
 from pydantic import BaseModel
 
 from model import Augmentation
-from model.training import TrainConfig
+from model.training_config import TrainConfig
 from pipeline.grid import BaseGrid
 from pipeline.scorers.config import SCORER_CONFIGS
 from pipeline.settings.config import PreprocessConfig

@@ -62,7 +62,7 @@ def train_rank(rank, world_size, store, folder, size, steps):
     seen = []
     while len(seen) < steps:
         for batch in stream:
-            loss = model(batch, random_masking(batch, 0.5, (3, len(seen))))
+            loss = model(random_masking(batch, 0.5, (3, len(seen))))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -8,7 +8,7 @@ import rasterio
 import spyndex
 from rasterio.errors import NotGeoreferencedWarning
 
-from model.training import TrainConfig
+from model.training_config import TrainConfig
 from pipeline.errors import EXIT_OK
 from pipeline.settings.config import PreprocessConfig
 from pipeline.settings.loading import load_config

@@ -5,8 +5,9 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from model.training import LOSS_FILE, TrainConfig, TrainReport, attention_name
+from model.training import LOSS_FILE, TrainReport
 from model.training import train as run_training
+from model.training_config import TrainConfig, attention_name
 from pipeline.errors import EXIT_OK
 from pipeline.settings.loading import load_config
 from pipeline.storage.objects import Location
@@ -56,7 +57,7 @@ def train(
 
 def train_store(store: Location, out: Path, settings: TrainConfig) -> TrainReport:
     """Train with a progress bar, and say what came of it."""
-    note(f"attention: {attention_name()}")
+    note(f"attention: {attention_name(settings.precision)}")
     with progress_bar("steps") as bar:
         task = bar.add_task("train", total=settings.steps, extra="")
         report = run_training(

@@ -27,6 +27,7 @@ from model.data.frames import (
     sums_of_runs,
 )
 from model.data.limit import drop_leaves, limited
+from model.data.locations import centres
 from model.packing import TileArrays, pack
 from pipeline.errors import ConfigError, IntegrityError, StoreError
 from pipeline.storage.objects import Location
@@ -135,6 +136,11 @@ class TileDataset(Dataset[Tile | dict[str, Tile]]):
         return costs @ limited(leaves, costs, limit)
 
     @cached_property
+    def _footprints(self) -> pa.Array:
+        """WKB by row of the store's manifest, in one piece, so that rows are found at once."""
+        return self.store.manifest["geometry"].combine_chunks()
+
+    @cached_property
     def store_order(self) -> np.ndarray:
         """int64 [tile]: the tiles in the order in which their frames lie in the store's shards."""
         return order_by_first_frame([reader.frames for reader in self._readers], self._rows)
@@ -228,6 +234,7 @@ class TileDataset(Dataset[Tile | dict[str, Tile]]):
                 for name, r in self._label_readers.items()
             },
             normalized=self.format.normalize,
+            location=centres(self._footprints.take(pa.array(rows))),
         )
         read.labels |= {name: labels[tiles] for name, labels in self._label_arrays.items()}
         if self._augmenter is not None:

