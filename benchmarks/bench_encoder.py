@@ -397,6 +397,7 @@ def rows_of(folder: Path, args: Any) -> Rows:
     ratios = (UNIFORM, SHOWN) if args.quick else RATIOS
     rows: Rows = []
     for setting in settings:
+        print(setting.name, file=sys.stderr)
         store = store_of(setting, args.archive, folder)
         batches = {r: b.to(args.device) for r, b in batches_of(store, setting, ratios).items()}
         encoder = encoder_of(batches[UNIFORM], store, size)

@@ -102,8 +102,7 @@ def parts_of(
     with ranges(methods), profile(activities=[ProfilerActivity.CPU]) as profiled:
         for _ in range(repeats):
             run()
-    events = [e for e in profiled.events() if e.device_type == torch.device("cpu").type or True]
-    times = _by_part(events, set(methods))
+    times = _by_part(list(profiled.events()), set(methods))
     total = sum(times.values())
     return {part: times[part] / total for part in (*PARTS, REST)}
 
@@ -152,15 +151,20 @@ def _kind(event: FunctionEvent) -> str:
 
 
 def operators(run: Callable[[], object]) -> int:
-    """How many operators a call runs, or kernels where a GPU runs them."""
+    """How many operators a call runs, those inside others not counted, or kernels on a GPU."""
     run()
     kinds = [ProfilerActivity.CPU]
     if torch.cuda.is_available():
         kinds.append(ProfilerActivity.CUDA)
     with profile(activities=kinds) as profiled:
         run()
-    launches = [e.name == "cudaLaunchKernel" for e in profiled.events()]
-    return sum(launches) or sum(e.name.startswith("aten::") for e in profiled.events())
+    events = profiled.events()
+    kernels = sum(event.name == "cudaLaunchKernel" for event in events)
+    return kernels or sum(_is_operator(e) and not _is_operator(e.cpu_parent) for e in events)
+
+
+def _is_operator(event: FunctionEvent | None) -> bool:
+    return event is not None and event.name.startswith("aten::")
 
 
 def _wait(device: str) -> None:
