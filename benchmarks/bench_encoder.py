@@ -28,7 +28,6 @@ import statistics
 import sys
 import tempfile
 import warnings
-from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -43,7 +42,7 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 sys.path.insert(0, str(Path(__file__).parent))
-from common import arguments, save, show
+from common import arguments, save
 from encoder_clock import (
     BLOCKS,
     EMBED,
@@ -71,6 +70,7 @@ from encoder_peers import (
     timm_vit,
 )
 from encoder_scenes import UNIFORM, Setting, batches_of, fresh, store_of, with_dates
+from encoder_tables import tables
 from model import APTEncoder, EncoderConfig, TokenBatch, attention
 from model.upsample import to_grid
 
@@ -260,7 +260,7 @@ def memory_rows(
         {
             "what": f"memory: {setting.name}, {way}, ratio {ratio:g}",
             "peak, MiB": peak / 2**20,
-            "of the uniform grid's": peak / peaks["packed", UNIFORM],
+            "of the base grid": peak / peaks["packed", UNIFORM],
         }
         for (way, ratio), peak in peaks.items()
     ]
@@ -422,9 +422,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as folder:
         rows = rows_of(Path(folder), args)
-    for table in tables_of(rows):
-        show(table)
-        print()
+    print("\n\n".join(tables(rows).values()))
     if args.json is not None:
         save(rows, args.json, torch=torch.__version__, device=args.device, threads=args.threads)
     if args.pictures is not None:
@@ -436,14 +434,6 @@ def draw(folder: Path, rows: Rows) -> None:
     import encoder_pictures
 
     encoder_pictures.draw(folder, rows)
-
-
-def tables_of(rows: Rows) -> list[Rows]:
-    """Rows of one kind together: what their `what` begins with."""
-    tables: dict[str, Rows] = defaultdict(list)
-    for row in rows:
-        tables[str(row["what"]).partition(":")[0]].append(row)
-    return list(tables.values())
 
 
 if __name__ == "__main__":

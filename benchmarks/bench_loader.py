@@ -159,8 +159,10 @@ def loader_readers(kind: str, folder: Path, num_tiles: int, quick: bool) -> dict
     for name, copy in copies_of(kind, folder, num_tiles).items():
         if not copy.folder.exists():
             write(copy)
-        by = peers.by_first_mds if "first epoch" in name else read
-        for workers in (0,) if quick else (0, 2):
+        once = "first epoch" in name
+        by = peers.by_first_mds if once else read
+        # Worker processes would outlive the epoch whose files they unpack.
+        for workers in (0,) if quick or once else (0, 2):
             readers[f"random order: {kind}, {name}, {workers} workers"] = partial(
                 by, copy, BATCH_TILES, True, workers
             )
@@ -218,11 +220,19 @@ def serve(connection: Connection, kind: str, folder: Path, num_tiles: int, quick
         readers = (make or partial(loader_readers, kind))(folder, num_tiles, quick)
         connection.send(list(readers))
         for name, seconds in iter(connection.recv, None):
-            batches, first = started(readers[name])
-            connection.send({**turn(batches, seconds), "first batch ms": 1e3 * first})
+            connection.send(measured(readers[name], seconds))
     except Exception:
         connection.send(traceback.format_exc())
         raise
+
+
+def measured(reader: peers.Reader, seconds: float) -> dict[str, Any]:
+    """A turn of a reader; of one that fails only why."""
+    try:
+        batches, first = started(reader)
+        return {**turn(batches, seconds), "first batch ms": 1e3 * first}
+    except (RuntimeError, OSError, ValueError) as error:
+        return {"failed": f"{type(error).__name__}: {error}"}
 
 
 def started(reader: peers.Reader) -> tuple[peers.Batches, float]:
@@ -268,7 +278,7 @@ class Process:
         self._process.join(10)
         self._process.kill()
 
-    def measure(self, name: str, seconds: float) -> dict[str, float]:
+    def measure(self, name: str, seconds: float) -> dict[str, Any]:
         self._end.send((name, seconds))
         return self._answer()
 
@@ -283,7 +293,7 @@ def pixel_rows(folder: Path, quick: bool) -> list[dict[str, Any]]:
     """All readers of pixels, in rounds."""
     rounds, seconds, num_tiles = (1, 0.05, 64) if quick else (3, SECONDS, 1024)
     there = [kind for kind, module in LOADERS.items() if importlib.util.find_spec(module)]
-    found: dict[str, list[dict[str, float]]] = defaultdict(list)
+    found: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for _ in range(rounds):
         warm(folder)
         for kind in (LIMIT, "aptile", *there):
@@ -291,7 +301,11 @@ def pixel_rows(folder: Path, quick: bool) -> list[dict[str, Any]]:
             with Process(kind, folder, num_tiles, quick) as process:
                 for name in process.names:
                     found[name].append(process.measure(name, seconds))
+    failed = {name: turn["failed"] for name in found for turn in found[name] if "failed" in turn}
+    for name in failed:
+        del found[name]
     rows = [row_of(name, found, there) for name in sorted(found)]
+    rows += [{"what": name, "note": f"failed: {why:.80}"} for name, why in failed.items()]
     absent = [{"what": kind, "note": "not installed"} for kind in LOADERS if kind not in there]
     return [*rows, *absent]
 

@@ -32,11 +32,10 @@ def cut(frames: Tensor, grid: BaseGrid, places: Tensor) -> Tensor:
         frames = frames.view(SIGNED[kind])
     frames = _whole_cells(frames, grid)
     p = frames.shape[-1] // grid.cols
-    # Arrays without frames may have strides that cannot be seen as another type's.
-    plain = frames.requires_grad or not frames.numel()
-    wide = None if plain else _OF_BYTES.get(p * frames.itemsize)
     # A row of a cell moves as one number, and a cell as one row of memory: both several times faster
-    # than indexing px by px.
+    # than indexing px by px. Neither gradients nor empty arrays can be seen as another type.
+    as_they_are = frames.requires_grad or not frames.numel()
+    wide = None if as_they_are else _OF_BYTES.get(p * frames.itemsize)
     moved = frames if wide is None else frames.contiguous().view(wide)
     across = (grid.cols, moved.shape[-1] // grid.cols)
     blocks = moved.unflatten(3, across).unflatten(2, (grid.rows, p)).permute(0, 2, 4, 1, 3, 5)

@@ -13,21 +13,34 @@ from model.kernels import resize_kernel
 class PixelNormalization(nn.Module):
     """The archive's numbers to [-1, 1] over each band's value range; invalid pixels become 0."""
 
-    low_C11: Tensor
-    span_C11: Tensor
+    low_C: Tensor
+    half_span_C: Tensor
 
     def __init__(self, value_range: tuple[tuple[float, float], ...]) -> None:
         super().__init__()
-        ranges = torch.tensor(value_range, dtype=torch.float32)
-        self.register_buffer("low_C11", ranges[:, 0, None, None], persistent=False)
-        self.register_buffer(
-            "span_C11", (ranges[:, 1] - ranges[:, 0])[:, None, None], persistent=False
-        )
+        low, high = torch.tensor(value_range, dtype=torch.float32).unbind(1)
+        self.register_buffer("low_C", low, persistent=False)
+        self.register_buffer("half_span_C", (high - low) / 2, persistent=False)
 
     def forward(self, values_MCPP: Tensor, valid_MCPP: Tensor) -> Tensor:
-        unit = (values_MCPP.to(self.low_C11.dtype) - self.low_C11) / self.span_C11
-        # where(), not a product: an invalid NaN times 0 would stay NaN.
-        return torch.where(valid_MCPP, 2 * unit - 1, 0)
+        """`valid` bool may have one channel for all, [M, 1, P, P]."""
+        # In place and row by row of all its numbers: several times as fast as band by band.
+        flat = values_MCPP.flatten(1).to(self.low_C.dtype, copy=True)
+        low, half_span = (
+            of_band[:, None, None].expand(values_MCPP.shape[1:]).flatten()
+            for of_band in (self.low_C, self.half_span_C)
+        )
+        flat.sub_(low).div_(half_span).sub_(1)
+        return zero_but(flat.view(values_MCPP.shape), valid_MCPP)
+
+
+def zero_but(numbers: Tensor, where: Tensor) -> Tensor:
+    """Numbers set to 0 in place but where bool `where`, broadcast to them, is True.
+
+    A number that is not finite becomes 0 everywhere.
+    """
+    # A product is several times as fast as masked_fill, but NaN times 0 would stay NaN.
+    return numbers.nan_to_num_(0, 0, 0).mul_(where.to(numbers.dtype))
 
 
 class PatchEmbedding(nn.Module):
@@ -124,9 +137,9 @@ def _normalised(
     present_MC: Tensor,
     normalization: PixelNormalization | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    there_MCPP = valid_MPP[:, None] & present_MC[:, :, None, None]
+    """As `normalised_cells`; without `normalization` pixels are left as they are where they are valid."""
     if normalization is None:
-        pixels_MCPP = torch.where(there_MCPP, pixels_MCPP.float(), 0)
+        pixels_MCPP = zero_but(pixels_MCPP.to(torch.float32, copy=True), valid_MPP[:, None])
     else:
-        pixels_MCPP = normalization(pixels_MCPP, there_MCPP)
-    return pixels_MCPP, valid_MPP, ~present_MC
+        pixels_MCPP = normalization(pixels_MCPP, valid_MPP[:, None])
+    return zero_but(pixels_MCPP, present_MC[:, :, None, None]), valid_MPP, ~present_MC

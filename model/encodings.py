@@ -28,8 +28,7 @@ from model.places import (
 )
 from pipeline.grid import BaseGrid
 
-HEAD_PAIRS = 32  # of numbers that are turned together, in a head 64 wide
-# Of these, how many turn with y, with x and with the timestep.
+# Of a head's 32 pairs of numbers, how many turn with y, with x and with the timestep.
 _ROTARY_PAIRS = (12, 12, 8)
 # The slowest pair turns once in 2 pi times as many units of 10 m, and as many timesteps.
 _SLOWEST_POSITION, _SLOWEST_TIMESTEP = 1_000.0, 100.0

@@ -20,10 +20,11 @@ def resize_kernel(weight_DCKK: Tensor, size: int) -> Tensor:
     """
     if size == weight_DCKK.shape[-1]:
         return weight_DCKK
-    back_SK = _answering(weight_DCKK.shape[-1], size, weight_DCKK.dtype, weight_DCKK.device)
+    side, kind, device = weight_DCKK.shape[-1], weight_DCKK.dtype, weight_DCKK.device
     # In 16 bits the new kernel would be a different one.
-    with torch.autocast(weight_DCKK.device.type, enabled=False):
-        return back_SK @ weight_DCKK @ back_SK.T
+    with torch.autocast(device.type, enabled=False):
+        flat = weight_DCKK.flatten(2) @ _answering(side, size, kind, device)
+    return flat.unflatten(2, (size, size))
 
 
 def bilinear_resize(before: int, after: int) -> np.ndarray:
@@ -41,11 +42,13 @@ def bilinear_resize(before: int, after: int) -> np.ndarray:
 
 @lru_cache(maxsize=128)
 def _answering(side: int, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[S, K]: the transposed pseudo-inverse of the resize along one axis.
+    """[K K, S S]: the pseudo-inverse of the resize of a patch, transposed as a kernel's px are.
 
-    The resize of a square is that of its rows and that of its columns, and so is the pseudo-inverse.
+    A patch is resized along its rows and then its columns, and so is the pseudo-inverse a product of both;
+    one matrix, because products with many small ones are slow.
     """
-    inverse = np.linalg.pinv(bilinear_resize(side, size)).T
+    of_row = np.linalg.pinv(bilinear_resize(side, size))
+    inverse = np.kron(of_row, of_row)
     # A table made in inference mode could not be used for training later.
     with torch.inference_mode(False):
         return torch.tensor(inverse, dtype=dtype, device=device)

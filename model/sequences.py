@@ -206,11 +206,7 @@ def _per_date(batch: TokenBatch) -> tuple[Tensor, Tensor, Tensor]:
 
 def _tile_and_timestep(frames: ModalityFrames) -> Tensor:
     """int64 [F]: a number for the tile and timestep of every frame, ascending with both."""
-    timestep = (
-        torch.full_like(frames.timestep, -1)
-        if frames.static
-        else frames.timestep
-    )
+    timestep = torch.full_like(frames.timestep, -1) if frames.static else frames.timestep
     return frames.tile * _TIMESTEPS + timestep + 1
 
 

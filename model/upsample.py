@@ -74,7 +74,7 @@ def _look_up(tokens_ND: Tensor, covering: Tensor) -> tuple[Tensor, Tensor]:
     with_zero = pad(tokens_ND, (0, 0, 0, 1))
     # index_select: the backward of indexing with [] is several times slower.
     found = with_zero.index_select(0, covering.flatten())
-    return found.view(*covering.shape, -1), covering < nothing
+    return found.view(*covering.shape, tokens_ND.shape[1]), covering < nothing
 
 
 def _with_no_frame(batch: TokenBatch, modality: int, band_set: int) -> Tensor:

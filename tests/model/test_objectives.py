@@ -188,13 +188,15 @@ def test_targets_are_the_projected_mean_patch_centred_per_tile(make_tiles, objec
     tiles = make_tiles()
     batch, p = tiles.pack(), tiles.grid.base_patch_size
     normalization = objective.encoder.normalization["image/first"]
-    low, span = normalization.low_C11, normalization.span_C11
+    low, half_span = (
+        of_band[:, None, None] for of_band in (normalization.low_C, normalization.half_span_C)
+    )
     projected = []
     for frame, leaf in tiles.present():
         window = leaf.window(p)
         pixels = torch.from_numpy(tiles.frames.pixels[frame][:, *window].astype(np.float32))
         valid = torch.from_numpy(tiles.frames.valid[frame][window])
-        scaled = torch.where(valid, 2 * (pixels - low) / span - 1, 0)
+        scaled = torch.where(valid, (pixels - low) / half_span - 1, 0)
         patches = scaled.unfold(1, p, p).unfold(2, p, p).mean((1, 2))
         # The kernel's size is the patch's: it is used as it is.
         projected.append((objective.targets_of["image/first"].kernel * patches).sum((1, 2, 3)))
