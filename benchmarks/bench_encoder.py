@@ -58,7 +58,6 @@ from encoder_clock import (
     step,
     taking_turns,
 )
-from encoder_flops import flops_of
 from encoder_peers import (
     PlainBlocks,
     absent,
@@ -72,6 +71,7 @@ from encoder_peers import (
 from encoder_scenes import UNIFORM, Setting, batches_of, fresh, store_of, with_dates
 from encoder_tables import tables
 from model import APTEncoder, EncoderConfig, TokenBatch, attention
+from model.cost import TokenCounts, count_flops
 from model.upsample import to_grid
 
 RATIOS = (1.0, 0.7, 0.5, 0.35, 0.2)
@@ -89,7 +89,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--archive": {"type": Path, "metavar": "FOLDER", "help": "scenes of one date each"},
     "--device": {"choices": ["cpu", "cuda"], "default": "cpu", "help": "where to run"},
     "--threads": {"type": int, "default": 1, "help": "of torch on a CPU"},
-    "--rounds": {"type": int, "default": 5, "help": "how often all take turns"},
+    "--rounds": {"type": int, "default": 4, "help": "how often all take turns"},
     "--drawn-from": {"type": Path, "metavar": "FILE", "help": "only draw, from these figures"},
 }
 
@@ -102,6 +102,11 @@ def encoder_of(batch: TokenBatch, store: Any, size: str) -> APTEncoder:
     chosen = {m.name: [s.name for s in m.band_sets] for m in batch.modalities}
     config = EncoderConfig.for_store(store, chosen, size=size)
     return APTEncoder(config).to(batch.device)
+
+
+def flops_of(encoder: APTEncoder, batch: TokenBatch) -> int:
+    """Of a forward pass. A backward pass has twice as many, so that ratios hold for both."""
+    return count_flops(encoder.config, TokenCounts.of(batch, encoder.config)).total
 
 
 def encoded(encoder: APTEncoder, batch: TokenBatch) -> Tensor:
@@ -312,7 +317,6 @@ def peer_rows(
     batch, uniform = batches[SHOWN], batches[UNIFORM]
     contenders: dict[str, tuple[nn.Module, Forward]] = {
         "aptile": (encoder, partial(encoded, encoder, batch)),
-        "aptile, all base patches": (encoder, partial(encoded, encoder, uniform)),
         **peers(encoder, setting, batch, uniform),
     }
     found = taking_turns(contenders, rounds, device)
@@ -404,7 +408,7 @@ def rows_of(folder: Path, args: Any) -> Rows:
         rows += speed_rows(setting, encoder, batches, rounds, args.device)
         rows.append(share_row(setting, encoder, batches[SHOWN], rounds, args.device))
         if setting in LOOKED_INTO:
-            rows += peer_rows(setting, encoder, batches, rounds, args.device)
+            rows += peer_rows(setting, encoder, batches, min(rounds, 3), args.device)
         if setting == settings[0]:
             rows += operator_rows(encoder, batches)
             rows += part_rows(setting, encoder, batches) if args.device == "cpu" else []
