@@ -33,7 +33,7 @@ class MergePlan:
 
     @property
     def num_scales(self) -> int:
-        return max(map(len, self.tokens_per_scale), default=0)
+        return len(self.finished)
 
     @property
     def finished(self) -> tuple[int, ...]:

@@ -101,6 +101,20 @@ def test_every_tile_date_and_band_set_lies_on_one_grid(data, groupsets):
         assert torch.equal(by_name[0], on_grid)
 
 
+@given(data=st.data())
+def test_reading_the_grid_of_all_tiles_at_the_leaves_gives_the_tokens_back(data, groupsets):
+    batch = data.draw(groupsets).pack()
+    tokens = token_numbers(batch)
+    y, x, _, timestep = batch.positions.long().unbind(1)
+    for m in range(len(batch.modalities)):
+        own = batch.modality == m
+        at = (batch.tile_of_token, y, x, timestep, batch.band_set.long())
+        on_grid, covered = to_grid(tokens, batch, m)
+        place = tuple(axis[own] for axis in at)
+        assert torch.equal(on_grid[place], tokens[own])
+        assert covered[place].all()
+
+
 @settings(max_examples=60)
 @given(data=st.data())
 def test_tokens_at_some_cells_are_those_of_the_grid(data, groupsets):
