@@ -1,8 +1,8 @@
-"""What an encoder costs: its parameters, and the operations of a forward pass as a function of token counts.
+"""What an encoder costs: its parameters, and a forward pass's operations as a function of token counts.
 
 A multiplication and the addition after it are two operations, as in `torch.utils.flop_counter`. Counted are
 products of matrices, attention's included; what goes number by number (norms, activations, sums) is not. A
-backward pass takes twice as many again.
+backward pass takes about twice as many.
 
 D = width, H = inner width of an MLP, P = side of a base cell in px.
 """
@@ -43,10 +43,12 @@ class Cost:
 class GroupCounts:
     """Tokens of one band set of a modality.
 
-    `num_bands`; `cell_px`: side of a base cell in px of the band set; `grid`: rows and columns of base cells
-    of a frame; `tokens_per_scale`: fine to coarse, for every scale of the quadtree.
+    - `modality`: its name. `num_bands`: of the band set.
+    - `cell_px`: side of a base cell in px of the band set. `grid`: rows and columns of a frame's cells.
+    - `tokens_per_scale`: fine to coarse, for every scale of the quadtree.
     """
 
+    modality: str
     num_bands: int
     cell_px: int
     grid: tuple[int, int]
@@ -72,7 +74,7 @@ class TokenCounts:
     """All that the cost of a forward pass depends on.
 
     - `groups`: one of every band set of every modality.
-    - `modalities`: how many modalities there are; `tiles`: how many tiles.
+    - `tiles`: how many tiles there are.
     - `sequences`: rows of every sequence, prefix tokens included; `windows`: likewise of every window, for
       an encoder that has them.
     """
@@ -91,6 +93,7 @@ class TokenCounts:
             windows = windowed(batch, sequences, config.windows).packed.lengths
         groups = tuple(
             GroupCounts(
+                frames.name,
                 len(band_set.bands),
                 -(-band_set.pixels.shape[-1] // frames.grid.cols),
                 (frames.grid.rows, frames.grid.cols),
@@ -162,3 +165,62 @@ def _encoding_parameters(config: EncoderConfig) -> int:
     if config.location_token:
         learned += _linear(LOCATION_FEATURES, width) + width
     return learned
+
+
+def _embed_flops(config: EncoderConfig, group: GroupCounts) -> int:
+    """Patches of all base cells; with merge_init "zero" those of coarse tokens, shrunk, as well."""
+    channels, px = group.num_bands + 1, group.cell_px
+    # Absent bands and the bias are columns of the product too.
+    features = channels * px**2 + group.num_bands + 1
+    rows, times = group.num_rows, 1
+    if config.merge_init == "zero":
+        rows += group.num_coarse
+        times += len(group.tokens_per_scale) - 1
+    return 2 * rows * features * config.width + times * _resize_flops(config, channels, px)
+
+
+def _resize_flops(config: EncoderConfig, channels: int, px: int) -> int:
+    """Of a kernel: one product of the stored pixels with the wanted ones."""
+    kernel = config.kernel_px
+    return 0 if px == kernel else 2 * config.width * channels * kernel**2 * px**2
+
+
+def _merge_flops(config: EncoderConfig, counts: TokenCounts) -> int:
+    width = config.width
+    flops = sum(group.num_merges for group in counts.groups) * 2 * 4 * width * width
+    if config.merge_init == "zero":
+        flops += sum(group.num_coarse for group in counts.groups) * 2 * width * width
+    return flops
+
+
+def _encoding_flops(config: EncoderConfig, counts: TokenCounts) -> int:
+    width, flops = config.width, 0
+    if config.position_cells is not None:
+        flops += _grid_flops(config, counts)
+    if config.merge_init == "zero":
+        # Band sets of tokens are chosen by a product.
+        flops += 2 * counts.num_tokens * len(counts.groups) * width
+    if config.size_position:
+        flops += 2 * counts.num_tokens * (_PLACE_FEATURES * width + width * width)
+    if config.location_token:
+        flops += 2 * counts.tiles * LOCATION_FEATURES * width
+    return flops
+
+
+def _grid_flops(config: EncoderConfig, counts: TokenCounts) -> int:
+    """Of laying the learned grid over frames: for the rows of every band set, and for coarse tokens."""
+    sampled = [group.grid for group in counts.groups]
+    if config.merge_init == "zero":
+        shapes = {group.modality: group for group in counts.groups}
+        sampled += [
+            (of.grid[0] >> scale, of.grid[1] >> scale)
+            for of in shapes.values()
+            for scale in range(len(of.tokens_per_scale))
+        ]
+    assert config.position_cells is not None
+    rows, cols = config.position_cells
+    return sum(
+        2 * config.width * wanted_rows * cols * (rows + wanted_cols)
+        for wanted_rows, wanted_cols in sampled
+        if (wanted_rows, wanted_cols) != (rows, cols)
+    )
