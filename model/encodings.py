@@ -114,8 +114,10 @@ class CompositeEncodings(nn.Module):
         return functional.pad(time, (quarter, quarter))
 
     def _of_nodes(self, frames: ModalityFrames) -> Tensor:
-        """Position of all possible leaves, as in `node_centres`: [nodes, D] of a learned grid, else only the
-        last quarter, [nodes, Q]."""
+        """Position of all possible leaves, as in `node_centres`.
+
+        [nodes, D] of a learned grid, else the last quarter only, [nodes, Q].
+        """
         grid = frames.grid
         if self.grid is not None:
             return torch.cat([sample_grid(self.grid, grid, s) for s in range(grid.num_scales)])
