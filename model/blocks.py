@@ -154,7 +154,7 @@ class BlockStack(nn.Module):
         super().__init__()
         rates = torch.linspace(0, options.drop_path, depth).tolist()
         self.blocks = nn.ModuleList(Block(options, rate) for rate in rates)
-        self.in_windows = [_in_windows(options, number) for number in range(1, depth + 1)]
+        self.in_windows = [in_windows(options, number) for number in range(1, depth + 1)]
         self.drop_path, self.checkpointing = options.drop_path, options.checkpointing
         self.norm = layer_norm(options.width)
 
@@ -209,7 +209,7 @@ class _Rows:
         )
 
 
-def _in_windows(options: EncoderOptions, number: int) -> bool:
+def in_windows(options: EncoderOptions, number: int) -> bool:
     """Of block `number`, counted from 1."""
     if options.windows is None:
         return False

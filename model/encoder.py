@@ -5,17 +5,14 @@ packed sequences. This module only wires; each step has a module of its own. Sha
 `model.batch`.
 """
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Self
 
 import torch
-from pydantic import ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from model import pretrained
 from model.batch import TokenBatch
 from model.blocks import BlockStack, Rotary
 from model.config import EncoderConfig, group_name
@@ -25,10 +22,6 @@ from model.encodings import CompositeEncodings, SizePosition, rotary_tables
 from model.merge import RunMerge
 from model.prefix import PrefixTokens
 from model.sequences import See, plan, windowed
-from pipeline.errors import ConfigError
-from pipeline.settings.canonical import canonical_json
-
-WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
 
 
 class APTEncoder(nn.Module):
@@ -84,7 +77,8 @@ class APTEncoder(nn.Module):
         tokens_ND: Tensor = self.merge(rows, batch, resized_ND)
         if self.size_position is not None:
             tokens_ND = tokens_ND + self.size_position(batch)
-        return tokens_ND
+        # Autocast's products have few bits; what all blocks add to keeps those of the weights.
+        return tokens_ND.to(self.stack.norm.weight.dtype)
 
     def token_encoding(self, batch: TokenBatch) -> Tensor:
         """[N, D]: the encoding at every token's centre; with position "rotary" see `rotary` also."""
@@ -100,24 +94,13 @@ class APTEncoder(nn.Module):
         return normalised_cells(batch, modality, band_set, normalization)[:2]
 
     def save_pretrained(self, folder: Path) -> None:
-        """Write `model.safetensors` and then `config.json` into `folder`."""
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(self.state_dict(), folder / WEIGHTS_FILE)
-        text = json.dumps(json.loads(canonical_json(self.config.model_dump())), indent=2)
-        (folder / CONFIG_FILE).write_text(text + "\n")
+        """Write the encoder into `folder`, as `model.pretrained.save` says."""
+        pretrained.save(self, folder)
 
     @classmethod
     def from_pretrained(cls, folder: Path) -> Self:
         """The encoder written by `save_pretrained`; ConfigError if its files are not one."""
-        try:
-            config = EncoderConfig.model_validate_json((folder / CONFIG_FILE).read_bytes())
-            weights = load_file(folder / WEIGHTS_FILE)
-            encoder = cls(config)
-            encoder.load_state_dict(weights)
-        except (OSError, ValidationError, RuntimeError, SafetensorError) as error:
-            reason = " ".join(str(error).split())
-            raise ConfigError(f"{folder}: not a saved encoder: {reason:.300}") from None
-        return encoder
+        return pretrained.load(cls, folder)
 
     def _groups(self, batch: TokenBatch) -> Iterator[tuple[int, int, str]]:
         """(modality, band set, name) of every group of a batch, in the batch's order."""

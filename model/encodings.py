@@ -37,6 +37,8 @@ _MONTHS, _DAYS = 12.0, 365.25
 _DAYS_BEFORE_MONTH = (0, 31, 59, 90, 120, 151, 181, 212, 243, 273, 304, 334)
 # Waves of the location token around the globe: 1, 2, 4 ... 512, the last one 80 km long.
 _LOCATION_WAVES = 10
+# Sine and cosine of every wave, of three coordinates.
+LOCATION_FEATURES = 2 * 3 * _LOCATION_WAVES
 _INIT_STD = 0.02
 
 
@@ -165,7 +167,7 @@ class LocationToken(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.projection = nn.Linear(6 * _LOCATION_WAVES, width)
+        self.projection = nn.Linear(LOCATION_FEATURES, width)
         self.unknown = _small(width)
 
     def forward(self, location_B2: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """What other processes do in tests of training. They are forked from one that has imported it all."""
 
+import copy
 import json
 import multiprocessing
 import os
@@ -7,6 +8,8 @@ from pathlib import Path
 
 import torch
 from torch import distributed
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from model import APTEncoder, BatchStream, EncoderConfig, TileDataset
@@ -73,3 +76,58 @@ def train_rank(rank, world_size, store, folder, size, steps):
     kept = {"seen": seen, "state": stream.state_dict(), "weights": weights}
     torch.save(kept, Path(folder) / f"{rank}.pt")
     distributed.destroy_process_group()
+
+
+def replicated(encoder):
+    # A modality may be in one process's batch and not in the other's.
+    return DistributedDataParallel(encoder, find_unused_parameters=True)
+
+
+def sharded(encoder):
+    mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
+    for part in (*encoder.stack.blocks, encoder):
+        fully_shard(part, mesh=mesh)
+    encoder.set_reduce_scatter_unused_params(True)
+    return encoder
+
+
+def encode_rank(rank, batches, folder, wrap, encoder):
+    """Two steps on a batch of its own; keep outputs, gradients and the encoder after the steps."""
+    distributed.init_process_group(
+        "gloo", f"file://{folder}/meeting", rank=rank, world_size=len(batches)
+    )
+    torch.set_num_threads(1)
+    # What comes through a pipe shares memory with the other processes.
+    model = wrap(copy.deepcopy(encoder))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    kept = [step(model, optimizer, [batch]) for batch in batches[rank]]
+    torch.save(kept, Path(folder) / f"{rank}.pt")
+    getattr(model, "module", model).save_pretrained(Path(folder) / f"encoder{rank}")
+    distributed.barrier()
+    distributed.destroy_process_group()
+
+
+def step(model, optimizer, batches):
+    """Tokens of every batch, and gradients by parameter of the mean of their losses; one SGD step."""
+    outputs = [model(batch) for batch in batches]
+    loss = torch.stack([fixed_loss(encoded) for encoded in outputs]).mean()
+    optimizer.zero_grad()
+    loss.backward()
+    gradients = {
+        name.removeprefix("module."): whole(p.grad if p.grad is not None else torch.zeros_like(p))
+        for name, p in model.named_parameters()
+    }
+    optimizer.step()
+    return [encoded.tokens.detach() for encoded in outputs], gradients
+
+
+def fixed_loss(encoded):
+    weights = torch.linspace(-1, 1, encoded.tokens.shape[1])
+    loss = (encoded.tokens * weights).square().mean()
+    if encoded.class_tokens is not None:
+        loss = loss + (encoded.class_tokens * weights).square().mean()
+    return loss
+
+
+def whole(tensor):
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
