@@ -46,7 +46,6 @@ from encoder_clock import (
     EMBED,
     FORWARD,
     MERGE,
-    SCATTER,
     STEP,
     Forward,
     median_ratio,
@@ -172,20 +171,15 @@ def part_rows(setting: Setting, encoder: APTEncoder, batches: dict[float, TokenB
         MERGE: (encoder.merge, "forward"),
         BLOCKS: (encoder.stack, "forward"),
     }
-    scatter = {SCATTER: (_Nothing(), "forward")}
     rows = []
     for ratio in (UNIFORM, SHOWN):
         run = partial(step, partial(on_grid, encoder, batches[ratio]), "cpu")
         encoder.zero_grad(set_to_none=True)
-        shares = parts_of(run, methods | scatter, repeats=2)
+        shares = parts_of(run, methods, repeats=2)
         whole = min(seconds(run, "cpu") for _ in range(2))
         row: dict[str, Any] = {"what": f"step: {setting.name}, ratio {ratio}", "ms": 1e3 * whole}
         rows.append(row | {part: shares[part] for part in shares})
     return rows
-
-
-class _Nothing:
-    def forward(self) -> None: ...
 
 
 WAYS = ("packed", "padded", "one N x N mask")
