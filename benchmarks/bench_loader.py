@@ -20,7 +20,6 @@ import multiprocessing
 import os
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -42,11 +41,11 @@ from rasterio.windows import Window
 
 sys.path.insert(0, str(Path(__file__).parent))
 import peers
-from common import arguments, landscape, report
+from common import arguments, landscape, preprocess, report
 from pipeline.store import open_store
 
 BANDS, TILE_PX, BATCH_TILES = 12, 128, 64
-SCORED = "scoring.bands=[band_2, band_3, band_4]"
+SETTINGS = ("modality.value_range=[0, 10000]", "scoring.bands=[band_2, band_3, band_4]")
 WARM_UP, SECONDS = 8, 1.0
 LOADERS = {"litdata": "litdata", "mosaicml-streaming": "streaming", "webdataset": "webdataset"}
 LIMIT = "by hand"
@@ -93,19 +92,9 @@ def write_stores(folder: Path, quick: bool) -> None:
     write_scene(folder / "archive" / "scene.tif", pattern(side, BANDS), size)
     shared = [f"store.tile_size_px={TILE_PX}", *(["store.shard_tiles=16"] if quick else [])]
     for codec in ("lz4",) if quick else ("lz4", "zstd"):
-        preprocess(folder / "archive", folder / codec, f"store.codec={codec}", SCORED, *shared)
+        preprocess(folder / "archive", folder / codec, f"store.codec={codec}", *SETTINGS, *shared)
     peers.write_raw(open_store(folder / "lz4"), folder / "raw")
     shutil.rmtree(folder / "archive")
-
-
-def preprocess(archive: Path, store: Path, *settings: str) -> None:
-    """The command, in a process of its own: its workers import nothing of this script."""
-    given = [f"--set={setting}" for setting in ("modality.value_range=[0, 10000]", *settings)]
-    start = [sys.executable, "-c", "from workflows.cli import main; main()"]
-    command = [*start, "preprocess", str(archive), str(store), *given]
-    done = subprocess.run(command, capture_output=True, text=True)  # noqa: S603
-    if done.returncode:
-        raise RuntimeError(done.stderr)
 
 
 def by_aptile(location: str, tiles: int, shuffle: bool, **options: Any) -> peers.Batches:

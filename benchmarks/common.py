@@ -4,9 +4,12 @@ import argparse
 import json
 import os
 import platform
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -23,8 +26,13 @@ class Silent(Observer):
 
 
 def arguments(
-    description: str, scenes: bool = False, pictures: bool = False, out: bool = False
+    description: str,
+    scenes: bool = False,
+    pictures: bool = False,
+    out: bool = False,
+    further: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
 ) -> argparse.Namespace:
+    """`further` holds a script's own options, each with what `add_argument` takes."""
     parser = argparse.ArgumentParser(description=description)
     if scenes:
         parser.add_argument("--scenes", type=Path, nargs="+", metavar="TIF", help="GeoTIFF scenes")
@@ -32,6 +40,8 @@ def arguments(
         parser.add_argument("--pictures", type=Path, metavar="FOLDER", help="draw into this folder")
     if out:
         parser.add_argument("--out", type=Path, metavar="FOLDER", help="keep the files compared")
+    for name, options in further.items():
+        parser.add_argument(name, **options)
     parser.add_argument("--quick", action="store_true", help="tiny input: does the script work?")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures as JSON")
     return parser.parse_args()
@@ -69,16 +79,36 @@ def best_seconds(call: Callable[[], Any], repeats: int) -> float:
     return min(times)
 
 
+def preprocess(archive: Path, store: Path, *settings: str) -> None:
+    """The command, in a process of its own: its workers import nothing of the script."""
+    given = [f"--set={setting}" for setting in settings]
+    start = [sys.executable, "-c", "from workflows.cli import main; main()"]
+    command = [*start, "preprocess", str(archive), str(store), *given]
+    done = subprocess.run(command, capture_output=True, text=True)  # noqa: S603
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+
+
 def report(rows: list[dict[str, Any]], file: Path | None) -> None:
     """Print rows as a Markdown table, and write them with a word on the machine."""
+    show(rows)
+    if file is not None:
+        save(rows, file)
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """Print rows as a Markdown table."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     print("| " + " | ".join(columns) + " |")
     print("|" + "---|" * len(columns))
     for row in rows:
         print("| " + " | ".join(_shown(row.get(column, "")) for column in columns) + " |")
-    if file is not None:
-        machine = {"processor": platform.machine(), "cores": os.cpu_count()}
-        file.write_text(json.dumps({"machine": machine, "rows": rows}, indent=2) + "\n")
+
+
+def save(rows: list[dict[str, Any]], file: Path, **machine: Any) -> None:
+    """Write rows with a word on the machine."""
+    machine = {"processor": platform.machine(), "cores": os.cpu_count(), **machine}
+    file.write_text(json.dumps({"machine": machine, "rows": rows}, indent=2) + "\n")
 
 
 def _shown(value: Any) -> str:

@@ -17,7 +17,8 @@ from model.data import (
 )
 from model.encoded import Encoded
 from model.encoder import APTEncoder
-from model.upsample import scatter_to_grid
+from model.masks import with_cell_masks, with_token_masks
+from model.upsample import scatter_to_grid, to_grid, tokens_at
 
 __all__ = [
     "APTEncoder",
@@ -34,4 +35,8 @@ __all__ = [
     "class_weights",
     "mix",
     "scatter_to_grid",
+    "to_grid",
+    "tokens_at",
+    "with_cell_masks",
+    "with_token_masks",
 ]

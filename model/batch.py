@@ -22,7 +22,7 @@ from torch import Tensor
 
 from model.cells import SIGNED, cell_tables, cut, shrink
 from model.frames import BandSetPixels, LabelFrames, ModalityFrames
-from model.rows import MergePlan, merge_plan, run_lengths, runs
+from model.rows import MergePlan, merge_plan, repeated, runs
 from pipeline.errors import ConfigError
 
 # Values of `TokenBatch.mask`: who sees a token.
@@ -260,9 +260,7 @@ class TokenBatch:
 
     def _token_rows(self, modality: int, band_set: int) -> Tensor:
         tokens = self.tokens_by_scale(modality, band_set)
-        return tokens.repeat_interleave(
-            run_lengths(self.scales[tokens]), output_size=self.modalities[modality].num_covered
-        )
+        return repeated(tokens, self.modalities[modality].tokens_per_scale)
 
     def _cell_index(self, modality: int) -> Tensor:
         frames = self.modalities[modality]
@@ -270,7 +268,7 @@ class TokenBatch:
         y, x = self.positions[tokens, :2].long().unbind(1)
         order, position = cell_tables(frames.grid, self.device)
         first = self.frame[tokens] * order.numel() + position[y * frames.grid.cols + x]
-        return runs(first, run_lengths(self.scales[tokens]), frames.num_covered)
+        return runs(first, frames.tokens_per_scale)
 
     def _cell_places(self, modality: int) -> Tensor:
         index, grid = self.cell_index(modality), self.modalities[modality].grid

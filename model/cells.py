@@ -48,11 +48,13 @@ def shrink(pixels: Tensor, valid: Tensor, scale: int) -> tuple[Tensor, Tensor]:
     """Patches [n, C, P, P] and validity [n, P, P] of nodes, from their base cells shrunk by `2**scale`.
 
     `pixels` [4**scale n, C, P, P] and `valid` [4**scale n, P, P] are base cells in storage order. A px
-    becomes the mean of the valid ones of its `2**scale x 2**scale`, in float32; it is valid if one of them
-    is, else 0.
+    becomes the mean of the valid ones of its `2**scale x 2**scale`, in float32 or wider; it is valid if one
+    of them is, else 0.
     """
     there = _whole_nodes(valid[:, None], scale)
-    values = torch.where(there, _whole_nodes(pixels.float(), scale), 0)
+    if pixels.dtype != torch.float64:
+        pixels = pixels.float()
+    values = torch.where(there, _whole_nodes(pixels, scale), 0)
     count_n1PP = there.sum((3, 5))
     mean = values.sum((3, 5)) / count_n1PP.clamp(min=1)
     return mean, count_n1PP[:, 0] > 0

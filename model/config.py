@@ -73,12 +73,12 @@ class EncoderChoices(Frozen):
         None, ge=2, description="With windows, every so manieth block sees the whole sequence."
     )
     merge: Literal["shared", "per_level"] = Field(
-        "shared", description="One merging convolution for all levels, or one for each."
+        "shared", description="One merging convolution for all levels, or stacks for each scale."
     )
     merge_levels: int | None = Field(
         None,
         ge=1,
-        description="Convolutions of merge 'per_level': scales of the quadtree less one.",
+        description="Largest scale merge 'per_level' has a stack for: scales of the quadtree less one.",
     )
     merge_init: Literal["average", "kaiming", "zero"] = Field(
         "average",
@@ -86,10 +86,15 @@ class EncoderChoices(Frozen):
         "its shrunk patch.",
     )
     mlp: Literal["gelu", "swiglu"] = Field("gelu", description="Kind of the blocks' MLP.")
-    mlp_ratio: float = Field(4, gt=0, description="Hidden width of the MLP over the token's width.")
+    mlp_ratio: float = Field(
+        4, gt=0, allow_inf_nan=False, description="Hidden width of the MLP over the token's width."
+    )
     qk_norm: bool = Field(False, description="Normalise queries and keys in every head.")
     layer_scale: float | None = Field(
-        None, gt=0, description="Initial scale of every block's branches; none when not given."
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="Initial scale of every block's branches; none when not given.",
     )
     drop_path: float = Field(
         0,
@@ -150,12 +155,22 @@ class EncoderOptions(EncoderChoices):
     depth: int = Field(4, ge=1, description="Transformer blocks.")
 
     @model_validator(mode="after")
-    def _some_block_is_global(self) -> Self:
+    def _size_suits_choices(self) -> Self:
         every = self.global_every
         if every is not None and every > self.depth:
             raise ValueError(
                 f"global_every is {every}, and no block of {self.depth} would be global; it must "
                 f"be at most depth, {self.depth}"
+            )
+        if self.drop_path and self.depth == 1:
+            raise ValueError(
+                f"drop_path is {self.drop_path}, which has no effect with depth 1, as it grows from 0 at "
+                "the first block; leave it out, or give a larger depth"
+            )
+        if self.mlp_ratio * self.width < 1:
+            raise ValueError(
+                f"mlp_ratio is {self.mlp_ratio}, which leaves an MLP of width {self.width} nothing; it "
+                f"must be at least {1 / self.width}"
             )
         return self
 
@@ -249,8 +264,10 @@ class EncoderConfig(EncoderOptions):
         with all their band sets, when not given. `options` are fields of `EncoderOptions`; a `width` or
         `depth` among them counts instead of the size's.
 
-        Raises ConfigError for names the store has not, and for bands without a value range.
+        Raises ConfigError for another size, names the store has not, and bands without a value range.
         """
+        if size not in SIZES:
+            raise ConfigError(f"size is {size!r}; it must be one of {', '.join(SIZES)}")
         width, depth = SIZES[size]
         return cls(
             **{"width": width, "depth": depth, **options},

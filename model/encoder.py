@@ -77,7 +77,8 @@ class APTEncoder(nn.Module):
         tokens_ND: Tensor = self.merge(rows, batch, resized_ND)
         if self.size_position is not None:
             tokens_ND = tokens_ND + self.size_position(batch)
-        return tokens_ND
+        # Autocast's products have few bits; what all blocks add to keeps those of the weights.
+        return tokens_ND.to(self.stack.norm.weight.dtype)
 
     def token_encoding(self, batch: TokenBatch) -> Tensor:
         """[N, D]: the encoding at every token's centre; with position "rotary" see `rotary` also."""

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
-from model.attention import Packed
 from model.batch import DECODER, ONLINE, TokenBatch
 from model.blocks import BlockStack
 from model.config import EncoderConfig, EncoderOptions, group_name
@@ -23,6 +22,7 @@ from model.encoder import APTEncoder
 from model.kernels import resize_kernel
 from model.masks import with_token_masks
 from model.merge import average_runs
+from model.sequences import plan
 
 PREDICTOR_DEPTH = 2
 TARGET_WIDTH = 128
@@ -80,9 +80,28 @@ class MaskedPrediction(nn.Module):
         if encoded.visible is not None:
             adapted = full_ND.index_copy(0, encoded.visible, adapted)
         adapted = adapted + self.encoder.token_encoding(batch)
-        packed = Packed(batch.cu_seqlens, batch.max_seqlen)
-        predicted = self.predictor(adapted, packed, self.encoder.rotary(batch))
-        return self.head(predicted.index_select(0, hidden))
+        return self.head(self._predictor(adapted, batch).index_select(0, hidden))
+
+    def _predictor(self, tokens_ND: Tensor, batch: TokenBatch) -> Tensor:
+        """[N, D]: visible and hidden tokens of each tile after the predictor; zeros for all others."""
+        taking_part = torch.where(batch.mask == DECODER, ONLINE, batch.mask)
+        sequences = plan(with_token_masks(batch, taking_part), "tile")
+        rotary = self.encoder.rotary(batch)
+        predicted = self.predictor(
+            sequences.put(sequences.see(tokens_ND)),
+            sequences.packed,
+            None if rotary is None else sequences.put_rotary(*rotary),
+        )
+        tokens_VD, _ = sequences.take(predicted)
+        if sequences.visible is None:
+            return tokens_VD
+        rows_ND = tokens_VD.new_zeros(batch.num_tokens, tokens_VD.shape[1])
+        return rows_ND.index_copy(0, sequences.visible, tokens_VD)
+
+    def compile_blocks(self) -> None:
+        """Have the transformer blocks compiled when they are first used, for sequences of any length."""
+        for stack in (self.encoder.stack, self.predictor):
+            stack.compile(dynamic=True)
 
     @torch.no_grad()
     def targets(self, batch: TokenBatch) -> Tensor:
@@ -101,10 +120,6 @@ class MaskedPrediction(nn.Module):
                 for b, band_set in enumerate(frames.band_sets)
             ]
             return _centred(average_runs(rows, batch), _sets(batch), _num_sets(batch))
-
-
-def _predictor_options(config: EncoderConfig) -> EncoderOptions:
-    return EncoderOptions(width=config.width)
 
 
 class FrozenProjection(nn.Module):
@@ -162,6 +177,12 @@ def _padded_loss(
 def _rows(values: Tensor, at: Tensor) -> Tensor:
     """[sets, places, T] of [hidden, T]. index_select: the backward of indexing with [] is slow."""
     return values.index_select(0, at.flatten()).unflatten(0, at.shape)
+
+
+def _predictor_options(config: EncoderConfig) -> EncoderOptions:
+    """Blocks as the encoder's, but for what is about its depth or its sequences."""
+    alike = {"width", "mlp", "mlp_ratio", "qk_norm", "layer_scale"}
+    return EncoderOptions(**config.model_dump(include=alike))
 
 
 def _projections(config: EncoderConfig) -> dict[str, nn.Module]:

@@ -33,7 +33,7 @@ class MergePlan:
 
     @property
     def num_scales(self) -> int:
-        return max(map(len, self.tokens_per_scale), default=0)
+        return len(self.finished)
 
     @property
     def finished(self) -> tuple[int, ...]:
@@ -66,14 +66,14 @@ def inverse(permutation: Tensor) -> Tensor:
     return torch.empty_like(permutation).index_copy(0, permutation, places)
 
 
-def run_lengths(scales: Tensor) -> Tensor:
-    """int64 [n]: base cells each token covers."""
-    return 1 << 2 * scales.long()
+def repeated(values: Tensor, per_scale: Sequence[int]) -> Tensor:
+    """[M]: values [n] of tokens, by scale, for each of the token's `4**scale` rows."""
+    pieces = enumerate(values.split(list(per_scale)))
+    return torch.cat([piece.repeat_interleave(4**scale) for scale, piece in pieces])
 
 
-def runs(first: Tensor, lengths: Tensor, total: int) -> Tensor:
-    """int64 [total]: the numbers `first[i] ... first[i] + lengths[i] - 1`, run after run."""
-    offset = first - (lengths.cumsum(0) - lengths)
-    # Told the size, a GPU need not be waited for.
-    offset = offset.repeat_interleave(lengths, output_size=total)
-    return offset + torch.arange(total, device=first.device)
+def runs(first: Tensor, per_scale: Sequence[int]) -> Tensor:
+    """int64 [M]: the numbers `first ... first + 4**scale - 1` of tokens [n], by scale, run after run."""
+    within = [torch.arange(4**scale, device=first.device) for scale in range(len(per_scale))]
+    pieces = zip(first.split(list(per_scale)), within, strict=True)
+    return torch.cat([(piece[:, None] + numbers).flatten() for piece, numbers in pieces])

@@ -26,7 +26,7 @@ from model.data import BatchStream, TileDataset
 from model.encoder import APTEncoder
 from model.objectives import MaskedPrediction, random_masking
 from model.pretrained import CONFIG_FILE
-from model.training_config import TrainConfig, chosen_precision
+from model.training_config import TrainConfig, check_fits, chosen_precision
 from pipeline.errors import StoreError
 from pipeline.settings.canonical import canonical_json
 from pipeline.storage.objects import Location
@@ -164,6 +164,7 @@ def train(
     encoder = EncoderConfig.for_store(
         opened, config.modalities, config.size, **config.encoder.model_dump()
     )
+    check_fits(encoder, dataset)
     _claim_folder(out, config, encoder, opened.digest)
     done = _steps_done(out)
     # A run that was killed between its last checkpoint and its export still lacks the encoder.

@@ -2,12 +2,14 @@
 
 from typing import Literal
 
+import pyarrow.compute as pc
 import torch
 from pydantic import Field, ValidationError, model_validator
 
 from model.attention import choose_attention
-from model.config import SIZES, EncoderChoices, EncoderOptions, Size
-from model.data import Augmentation
+from model.config import HEAD_WIDTH, SIZES, EncoderChoices, EncoderConfig, EncoderOptions, Size
+from model.data import Augmentation, TileDataset
+from model.encoder import APTEncoder
 from pipeline.errors import ConfigError
 from pipeline.scorers.config import Frozen, Identifier
 
@@ -104,6 +106,36 @@ def chosen_precision(wanted: Precision | None) -> Precision:
             "32-true"
         )
     return wanted
+
+
+def check_fits(encoder: EncoderConfig, dataset: TileDataset) -> None:
+    """Raise ConfigError for options that a dataset's tiles cannot have, or on which they have no effect."""
+    manifest = dataset.manifest
+    most_dates = pc.max(pc.list_value_length(manifest["datetimes"])).as_py()
+    dates = pc.list_flatten(manifest["datetimes"])
+    if encoder.sequences == "date" and most_dates < 2 and not _some_are_static(dataset):
+        raise ConfigError(
+            "encoder.sequences is date, and no tile has more than one date, which makes it the same as tile; "
+            "leave it out"
+        )
+    if encoder.season == "day_of_year" and dates.null_count == len(dates):
+        raise ConfigError(
+            "encoder.season is day_of_year, and no date of a tile is known; leave it out"
+        )
+    if encoder.location_token and manifest["geometry"].null_count == len(manifest):
+        raise ConfigError(
+            "encoder.location_token is true, and no tile's place on Earth is known; leave it out"
+        )
+    # The rest shows on a tile, whatever the encoder's size.
+    options = encoder.model_dump() | {"width": HEAD_WIDTH, "depth": encoder.global_every or 1}
+    with torch.no_grad():
+        APTEncoder(EncoderConfig.model_validate(options))(dataset.batch([0]))
+
+
+def _some_are_static(dataset: TileDataset) -> bool:
+    """Whether some of its modalities belong to no date, and others do."""
+    header = dataset.store.header["modalities"]
+    return len({bool(header[name]["static"]) for name in dataset.modalities}) == 2
 
 
 def attention_name(precision: Precision | None = None) -> str:

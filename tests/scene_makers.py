@@ -71,10 +71,13 @@ class Scene:
       (2 bands, whose cells have 1 px); as many dates as a tile has;
     - "s1": the same ground at 20 m, 4 x 4 cells of 2 px, two scales; other dates;
     - "dem": static, 2 x 2 cells of 3 px at about 26.7 m, one scale.
+
+    `location` float32 [tile, 2]; not known of some.
     """
 
     made_from: str
     layers: tuple[Layer, ...]
+    location: np.ndarray
 
     def __repr__(self) -> str:
         return f"Scene({self.made_from})"
@@ -85,10 +88,14 @@ class Scene:
 
     def pack(self) -> TokenBatch:
         arrays = [layer.arrays() for layer in self.layers]
-        return pack(TileArrays(np.arange(self.num_tiles), arrays))
+        return pack(TileArrays(np.arange(self.num_tiles), arrays, location=self.location))
 
     def select(self, tiles: Sequence[int]) -> Self:
-        return replace(self, layers=tuple(layer.select(tiles) for layer in self.layers))
+        return replace(
+            self,
+            layers=tuple(layer.select(tiles) for layer in self.layers),
+            location=self.location[list(tiles)],
+        )
 
     def with_layer(self, name: str, change: Callable[[Layer], Layer]) -> Self:
         return replace(
@@ -136,7 +143,9 @@ def build_scene(
         if name == "dem":
             stamps[:] = -1
         layers.append(Layer(name, made, more, stamps))
-    return Scene(f"{seed=}, {tiles=}, {split_share=}", tuple(layers))
+    location = rng.uniform((-90, -180), (90, 180), (len(tiles), 2)).astype(np.float32)
+    location[rng.random(len(tiles)) < 0.3] = np.nan
+    return Scene(f"{seed=}, {tiles=}, {split_share=}", tuple(layers), location)
 
 
 def _coarser(rng: np.random.Generator, tiles: Tiles) -> tuple[np.ndarray, np.ndarray]:

@@ -1,4 +1,4 @@
-"""The page on the encoder's stages: its code prints what it says, its pictures are drawn, its options are all."""
+"""The page on the encoder: its code prints what it says, its pictures are drawn, no option is left out."""
 
 import re
 import subprocess
@@ -16,26 +16,29 @@ PAGE = (ROOT / "docs" / "encoder.md").read_text()
 PICTURES = ROOT / "docs" / "pictures"
 
 
+def blocks(kind):
+    return re.findall(rf"^```{kind}\n(.*?)^```", PAGE, re.M | re.S)
+
+
 def test_the_code_prints_what_the_page_says(satclip, tmp_path):
-    (commands,) = re.findall(r"^```bash\n(.*?)^```", PAGE, re.M | re.S)
+    (commands,) = blocks("bash")
+    places = {
+        "archive": satclip,
+        "store": tmp_path / "store",
+        "satclip.yaml": HOW_TO / "satclip.yaml",
+    }
     for line in commands.splitlines():
-        command = line.replace("archive", str(satclip)).replace(
-            "satclip.yaml", str(HOW_TO / "satclip.yaml")
-        )
-        arguments = [
-            str(tmp_path / word) if word == "store" else word for word in command.split()[1:]
-        ]
-        assert aptile(*arguments, "--workers", 1) == 0
-    script = "\n".join(re.findall(r"^```python\n(.*?)^```", PAGE, re.M | re.S))
+        command = [places.get(word, word) for word in line.split()[1:]]
+        assert aptile(*command, "--workers", 1) == 0
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", script],
+        [sys.executable, "-W", "error", "-c", "\n".join(blocks("python"))],
         cwd=tmp_path,
+        env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "".join(re.findall(r"^```text\n(.*?)^```", PAGE, re.M | re.S))
+    assert done.stdout == "".join(blocks("text"))
 
 
 def test_every_picture_is_one_the_script_draws():

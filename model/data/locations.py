@@ -61,6 +61,8 @@ def _outlines(content: bytes) -> Iterator[np.ndarray]:
         yield _ring(content, 0)[0]
     elif kind == _MULTIPOLYGON:
         (number,) = struct.unpack_from(_order(content, 0) + "I", content, at)
+        if not number:
+            raise ValueError("no polygon")
         at += 4
         for _ in range(number):
             outline, at = _ring(content, at)

@@ -1,44 +1,18 @@
 """What a packed batch holds, against a reading of the 2-D image square by square."""
 
 import pickle
-from collections import Counter
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import fields, is_dataclass
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.batch import ONLINE, cumulative_lengths
 from model.merge import average_runs
 from model.packing import BandSetArrays, FrameArrays, TileArrays, pack
 from pipeline.grid import BaseGrid
-
-
-@given(data=st.data())
-def test_values_are_the_pixels_of_every_token_cell_by_cell(data, tilesets):
-    tiles = data.draw(tilesets)
-    batch = tiles.pack()
-    p = tiles.grid.base_patch_size
-    cells = tiles.rows()
-    values, valid = batch.cells(0, 0)
-    assert values.shape == (len(cells), tiles.frames.pixels.shape[1], p, p)
-    for row, (f, y, x) in enumerate(cells):
-        window = np.s_[y * p : y * p + p, x * p : x * p + p]
-        np.testing.assert_array_equal(values[row].numpy(), tiles.frames.pixels[f][:, *window])
-        np.testing.assert_array_equal(valid[row].numpy(), tiles.frames.valid[f][window])
-
-
-@given(data=st.data())
-def test_cell_index_counts_cells_root_by_root_and_quarter_by_quarter(data, tilesets, roots_of):
-    tiles = data.draw(tilesets)
-    place = {cell: i for i, cell in enumerate(c for r in roots_of(tiles.grid) for c in r.cells())}
-    batch, rows = tiles.pack(), tiles.rows()
-    assert batch.cell_index(0).tolist() == [f * len(place) + place[y, x] for f, y, x in rows]
-    row_major = [(f * tiles.grid.rows + y) * tiles.grid.cols + x for f, y, x in rows]
-    assert batch.cell_places(0).tolist() == row_major
 
 
 @given(data=st.data())
@@ -224,28 +198,6 @@ def test_cells_of_a_hand_made_batch():
     assert batch.merge.token_order.tolist() == [8, 0, 1, 2, 9, 3, 4, 5, 6, 7]
 
 
-@pytest.mark.parametrize("px", [3, 6, 12])
-def test_cells_that_hold_no_whole_number_of_pixels_take_the_nearest(px):
-    """A base grid of 4 cells over 3, 6 and 12 px: each px of a cell takes the pixel below its centre."""
-    grid = BaseGrid(4, 4, 2, 1)
-    pixels = np.arange(px * px, dtype=np.uint16).reshape(1, 1, px, px)
-    shown = BandSetArrays("60m", ("B9",), pixels, pixels[0] % 5 > 0, np.ones((1, 1), bool))
-    frames = FrameArrays(
-        "optical", grid, [shown], np.zeros(16, np.uint8), np.array([16]), np.array([0]),
-        np.array([0]), np.full((1, 3), -1, np.int32),
-    )  # fmt: skip
-    values, valid = pack(TileArrays(np.array([0]), [frames])).cells(0, 0)
-    p = -(-px // 4)
-    assert values.shape == (16, 1, p, p)
-    at = np.floor((np.arange(4 * p) + 0.5) * px / (4 * p)).astype(int)
-    whole = pixels[0, 0][np.ix_(at, at)]
-    for number in range(16):
-        y, x = grid.cell_yx[number] * p
-        np.testing.assert_array_equal(values[number, 0].numpy(), whole[y : y + p, x : x + p])
-        np.testing.assert_array_equal(valid[number], whole[y : y + p, x : x + p] % 5 > 0)
-    assert set(at.tolist()) == set(range(px))
-
-
 def several(tiles):
     """The tiles as two modalities: "image" in two band sets, and "other", which lacks the first tile."""
     one, other = tiles.arrays(), tiles.arrays()
@@ -360,35 +312,6 @@ def test_padding_and_nesting_go_there_and_back(data, width, tilesets):
 def equal(a, b):
     """NaN is what is not known, the same on both sides."""
     return np.array_equal(a, b, equal_nan=a.is_floating_point())
-
-
-class CountingOps(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.ops = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.ops[str(func)] += 1
-        return func(*args, **(kwargs or {}))
-
-
-def test_what_is_derived_takes_the_same_operations_whatever_the_batch_holds(make_tiles):
-    """No operation asks for a number either, so that nothing waits for a GPU."""
-    counted = []
-    for tiles in ([(1, 0.2), (1, 0.2)], [(3, 0.2)] * 20):
-        batch = pack(several(make_tiles(tiles=tiles)))
-        batch.cells(0, 0)  # tables of the grid are made once
-        batch = replace(batch)
-        with CountingOps() as mode:
-            for m, b in GROUPS:
-                batch.cells(m, b)
-                batch.covering(m, b)
-            assert batch.merge.token_order.numel()
-            batch.padded(batch.scales)
-        counted.append(mode.ops)
-    assert counted[0] == counted[1]
-    assert not [name for name in counted[0] if "nonzero" in name or "_local_scalar" in name]
-    print(f"{sum(counted[0].values())} operations for 2 tiles as for 20")
 
 
 def test_what_is_derived_is_derived_once(make_tiles):

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.functional import conv2d
 from torch.testing import assert_close
 
 from model.embed import PixelNormalization
@@ -141,16 +142,40 @@ def test_valid_pixels_of_one_tile_change_that_tile_alone(make_tiles, make_encode
     assert torch.equal(changed, expected)
 
 
-def test_without_coarse_leaves_the_model_is_the_uniform_model(make_tiles, make_encoder):
-    """Patches of one size, embedded and encoded, then the blocks; no merge."""
-    tiles = make_tiles(split_share=1.0, tiles=[(2, 0.0), (1, 0.3)])
-    batch = tiles.pack()
+def plain_vit(encoder, images, valid, grid):
+    """[image, cells, D] of float images [image, C, y, x]: a ViT of one patch size, row by row of cells."""
+    embedding, stack = encoder.embedding["image/first"], encoder.stack
+    values = torch.where(valid[:, None], 2 * images / 1000 - 1, 0)
+    channels = torch.cat([values, valid[:, None].float()], dim=1)
+    x = conv2d(channels, embedding.weight, embedding.bias, stride=grid.base_patch_size)
+    y_x = torch.cartesian_prod(torch.arange(grid.rows), torch.arange(grid.cols)) + 0.5
+    x = x.flatten(2).mT + encoded_places(encoder, y_x * grid.base_patch_size)
+    for block in stack.blocks:
+        q, k, v = block.qkv(block.norm1(x)).unflatten(2, (3, -1, 64)).permute(2, 0, 3, 1, 4)
+        attended = (q @ k.mT / 8).softmax(-1) @ v
+        x = x + block.projection(attended.transpose(1, 2).flatten(2))
+        x = x + block.mlp(block.norm2(x))
+    return stack.norm(x)
+
+
+def encoded_places(encoder, metres_10):
+    """[n, 64]: band set, first timestep, no date, and positions [n, 2] in units of 10 m."""
+    vector = encoder.encoding.band_set_vector("image", "")
+    first = torch.cat([torch.zeros(8), torch.ones(8)])
+    frequencies = 10_000.0 ** -(torch.arange(4) / 4)
+    waves = [f(axis[:, None] * frequencies) for axis in metres_10.T for f in (torch.sin, torch.cos)]
+    time = torch.cat([torch.zeros(16), first, torch.zeros(32)])
+    return vector + time + torch.cat([torch.zeros(len(metres_10), 48), *waves], dim=1)
+
+
+def test_without_coarse_leaves_the_model_is_a_plain_vit(make_tiles, make_encoder):
+    """At thresholds of minus infinity: one convolution, encodings, dense attention."""
+    tiles = make_tiles(split_share=1.0, tiles=[(1, 0.0)] * 3)
+    encoder, batch = make_encoder(), tiles.pack()
     assert not batch.scales.any()
-    encoder = make_encoder()
-    patches = encoder.embedding["image/first"](*encoder.pixels(batch, 0, 0))
-    uniform = patches + encoder.token_encoding(batch)
-    assert_close(encoder.embed(batch), uniform, rtol=0, atol=1e-5)
-    expected = encoder.stack(uniform, batch.cu_seqlens, batch.max_seqlen)
+    images = torch.from_numpy(tiles.frames.pixels.astype(np.float32))
+    expected = plain_vit(encoder, images, torch.from_numpy(tiles.frames.valid), tiles.grid)
+    expected = expected[:, torch.from_numpy(tiles.grid.storage_order)].flatten(0, 1)
     assert_close(encoder(batch).tokens, expected, rtol=0, atol=1e-5)
 
 

@@ -1,5 +1,8 @@
 """Merging runs of base tokens, against convolutions over the 2-D grid, token by token."""
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,6 +11,8 @@ from torch import nn
 from torch.nn.functional import conv2d, linear
 from torch.testing import assert_close
 
+from model.config import EncoderConfig
+from model.encoder import APTEncoder
 from model.merge import RunMerge, average_runs
 from pipeline.errors import ConfigError
 
@@ -233,3 +238,44 @@ def test_every_base_row_gets_its_share_of_the_gradient(make_tiles):
     RunMerge(WIDTH)([rows], tiles.pack()).sum().backward()
     share = [4.0**-leaf.scale for _, leaf in tiles.merging_order() for _ in leaf.cells()]
     assert_close(rows.grad, torch.tensor(share)[:, None].expand_as(rows))
+
+
+def shrunk_tiles(make_tiles, tiles, factor):
+    """Tiles of roots only as tiles of base cells that are as large, their pixels averaged."""
+    p = tiles.grid.base_patch_size
+    squares = tiles.frames.pixels.astype(np.float32)
+    for axis in (2, 3):
+        squares = squares.reshape(*squares.shape[:axis], -1, factor, *squares.shape[axis + 1 :])
+        squares = squares.mean(axis + 1)
+    roots = tuple(n // factor for n in (tiles.grid.rows, tiles.grid.cols))
+    small = make_tiles(
+        tiles=[(int(n), 0.0) for n in tiles.frames_per_tile],
+        num_roots=roots, base_patch_size=p, num_scales=1,
+    )  # fmt: skip
+    valid = np.ones(small.frames.valid.shape, bool)
+    return replace(small, frames=replace(small.frames, pixels=squares, valid=valid))
+
+
+@pytest.mark.parametrize("sharing", SHARINGS, ids=["shared", "per_level"])
+def test_a_fresh_zero_encoder_gives_the_embedding_of_the_shrunk_image(
+    make_tiles, make_encoder, sharing
+):
+    """Of an image of four times the pixel size, embedded as base cells."""
+    tiles = make_tiles(tiles=[(2, 0.0), (1, 0.0)], num_scales=3, split_share=0.0)
+    tiles = replace(
+        tiles, frames=replace(tiles.frames, valid=np.ones(tiles.frames.valid.shape, bool))
+    )
+    merge, levels = sharing
+    options = make_encoder().config.model_dump()
+    options |= {"merge": merge, "merge_levels": levels, "merge_init": "zero"}
+    encoders = []
+    for metres in (10.0, 40.0):
+        options["modalities"][0]["ground_sample_distance_m"] = metres
+        torch.manual_seed(4)
+        encoders.append(APTEncoder(EncoderConfig(**options)))
+    adaptive, uniform = encoders
+    found = adaptive.embed(tiles.pack())
+    expected = uniform.embed(shrunk_tiles(make_tiles, tiles, 4).pack())
+    assert len(found) == 6
+    assert_close(found, expected, rtol=0, atol=1e-5)
+    assert not torch.allclose(make_encoder().embed(tiles.pack()), expected, atol=0.01)

@@ -1,9 +1,65 @@
 """Rows of base cells in merging order, and coarse patches shrunk, against a reading leaf by leaf."""
 
+from collections import Counter
+
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from model.masks import with_cell_masks
+from model.merge import RunMerge
+from model.packing import BandSetArrays, FrameArrays, TileArrays, pack
+from model.upsample import to_grid, tokens_at
+from pipeline.grid import BaseGrid
+
+
+@given(data=st.data())
+def test_values_are_the_pixels_of_every_token_cell_by_cell(data, tilesets):
+    tiles = data.draw(tilesets)
+    batch = tiles.pack()
+    p = tiles.grid.base_patch_size
+    cells = tiles.rows()
+    values, valid = batch.cells(0, 0)
+    assert values.shape == (len(cells), tiles.frames.pixels.shape[1], p, p)
+    for row, (f, y, x) in enumerate(cells):
+        window = np.s_[y * p : y * p + p, x * p : x * p + p]
+        np.testing.assert_array_equal(values[row].numpy(), tiles.frames.pixels[f][:, *window])
+        np.testing.assert_array_equal(valid[row].numpy(), tiles.frames.valid[f][window])
+
+
+@given(data=st.data())
+def test_cell_index_counts_cells_root_by_root_and_quarter_by_quarter(data, tilesets, roots_of):
+    tiles = data.draw(tilesets)
+    place = {cell: i for i, cell in enumerate(c for r in roots_of(tiles.grid) for c in r.cells())}
+    batch, rows = tiles.pack(), tiles.rows()
+    assert batch.cell_index(0).tolist() == [f * len(place) + place[y, x] for f, y, x in rows]
+    row_major = [(f * tiles.grid.rows + y) * tiles.grid.cols + x for f, y, x in rows]
+    assert batch.cell_places(0).tolist() == row_major
+
+
+@pytest.mark.parametrize("px", [3, 6, 12])
+def test_cells_that_hold_no_whole_number_of_pixels_take_the_nearest(px):
+    """A base grid of 4 cells over 3, 6 and 12 px: each px of a cell takes the pixel below its centre."""
+    grid = BaseGrid(4, 4, 2, 1)
+    pixels = np.arange(px * px, dtype=np.uint16).reshape(1, 1, px, px)
+    shown = BandSetArrays("60m", ("B9",), pixels, pixels[0] % 5 > 0, np.ones((1, 1), bool))
+    frames = FrameArrays(
+        "optical", grid, [shown], np.zeros(16, np.uint8), np.array([16]), np.array([0]),
+        np.array([0]), np.full((1, 3), -1, np.int32),
+    )  # fmt: skip
+    values, valid = pack(TileArrays(np.array([0]), [frames])).cells(0, 0)
+    p = -(-px // 4)
+    assert values.shape == (16, 1, p, p)
+    at = np.floor((np.arange(4 * p) + 0.5) * px / (4 * p)).astype(int)
+    whole = pixels[0, 0][np.ix_(at, at)]
+    for number in range(16):
+        y, x = grid.cell_yx[number] * p
+        np.testing.assert_array_equal(values[number, 0].numpy(), whole[y : y + p, x : x + p])
+        np.testing.assert_array_equal(valid[number], whole[y : y + p, x : x + p] % 5 > 0)
+    assert set(at.tolist()) == set(range(px))
 
 
 def shrunk_by_hand(groups, m, b, f, leaf, p):
@@ -73,3 +129,60 @@ def test_rows_of_every_group_belong_to_its_tokens(data, groupsets):
         np.testing.assert_array_equal(batch.covering(m, b), covering)
         timesteps = [1, *tiles.frames_per_tile.tolist()]
         assert batch.modalities[m].num_timesteps == max(timesteps)
+
+
+class CountingOps(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.ops = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.ops[str(func)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def derived(batch):
+    for m, frames in enumerate(batch.modalities):
+        for b in range(len(frames.band_sets)):
+            batch.cells(m, b)
+            batch.covering(m, b)
+        batch.cells(m, 0, scale=1)
+    assert batch.merge.token_order.numel()
+    batch.padded(batch.scales)
+
+
+def there_and_back(batch, merge):
+    """Merging, its gradient, and everything that brings tokens to cells and masks to tokens."""
+    rows = [
+        torch.ones(frames.num_covered, 4, requires_grad=True)
+        for frames in batch.modalities
+        for _ in frames.band_sets
+    ]
+    merge.zero_grad()
+    tokens = merge(rows, batch, torch.ones(batch.num_tokens, 4))
+    cells = torch.zeros(5, 4, dtype=torch.int64)
+    for m, frames in enumerate(batch.modalities):
+        to_grid(tokens, batch, m)[0].sum().backward(retain_graph=True)
+        tokens_at(tokens, batch, m, 0, cells)
+        mask = torch.zeros(frames.num_frames, frames.grid.rows, frames.grid.cols, dtype=torch.uint8)
+        with_cell_masks(batch, {frames.name: mask})
+
+
+def test_the_operations_are_the_same_whatever_the_batch_holds(make_groups):
+    """What is derived asks for no number either, so that nothing waits for a GPU."""
+    counted = []
+    merge = RunMerge(4, init="zero")
+    for num_tiles in (4, 30):
+        groups = make_groups(11, num_tiles, [(3, 2, 2), (2, 1, 2)])
+        derived(groups.pack())  # tables of the grid are made once
+        batch = groups.pack()
+        with CountingOps() as deriving:
+            derived(batch)
+        with CountingOps() as using:
+            there_and_back(batch, merge)
+        counted.append((deriving.ops, using.ops))
+    assert counted[0] == counted[1]
+    names = list(counted[0][0])
+    assert not [name for name in names if "nonzero" in name or "_local_scalar" in name]
+    total = sum(sum(ops.values()) for ops in counted[0])
+    print(f"{total} operations for 4 tiles as for 30")

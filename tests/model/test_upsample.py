@@ -6,7 +6,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from model.rows import run_lengths
 from model.upsample import read_at_leaves, scatter_to_grid, to_grid, tokens_at
 from pipeline.errors import ConfigError
 
@@ -59,8 +58,7 @@ def test_a_token_gets_one_gradient_per_cell_it_covers(make_tiles):
     batch = make_tiles().pack()
     tokens = token_numbers(batch).requires_grad_()
     scatter_to_grid(tokens, batch)[0].sum().backward()
-    assert torch.equal(tokens.grad[:, 0], run_lengths(batch.scales).float())
-    assert run_lengths(batch.scales).tolist() == [4**s for s in batch.scales.tolist()]
+    assert tokens.grad[:, 0].tolist() == [4**s for s in batch.scales.tolist()]
 
 
 def most_timesteps(groups, modality):
@@ -101,6 +99,20 @@ def test_every_tile_date_and_band_set_lies_on_one_grid(data, groupsets):
         assert torch.equal(covered, there)
         by_name = to_grid(token_numbers(batch), batch, f"m{m}")
         assert torch.equal(by_name[0], on_grid)
+
+
+@given(data=st.data())
+def test_reading_the_grid_of_all_tiles_at_the_leaves_gives_the_tokens_back(data, groupsets):
+    batch = data.draw(groupsets).pack()
+    tokens = token_numbers(batch)
+    y, x, _, timestep = batch.positions.long().unbind(1)
+    for m in range(len(batch.modalities)):
+        own = batch.modality == m
+        at = (batch.tile_of_token, y, x, timestep, batch.band_set.long())
+        on_grid, covered = to_grid(tokens, batch, m)
+        place = tuple(axis[own] for axis in at)
+        assert torch.equal(on_grid[place], tokens[own])
+        assert covered[place].all()
 
 
 @settings(max_examples=60)
