@@ -189,6 +189,9 @@ def test_more_scales_than_merge_levels_are_refused_in_words(make_scene, make_sce
         encoder(make_scene().pack())
 
 
+# What the compiler warns of is its own looking at tensors and functions.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+@pytest.mark.filterwarnings("ignore:.* should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize(
     "options",
     [{}, {"sequences": "date", "class_token": True, "position": "rotary", "windows": 2,
