@@ -70,6 +70,7 @@ class APTEncoder(nn.Module):
         parts = (None, None) if self.prefix is None else self.prefix.parts(prefix_SRD)
         return Encoded(tokens_VD, sequences.visible, *parts, sequences.tile, sequences.timestep)
 
+    @torch.compiler.disable
     def embed(self, batch: TokenBatch) -> Tensor:
         """Embedded, encoded and merged tokens [N, D], before any token saw another."""
         rows = [self._base_rows(batch, m, b, name) for m, b, name in self._groups(batch)]
@@ -84,6 +85,7 @@ class APTEncoder(nn.Module):
         """[N, D]: the encoding at every token's centre; with position "rotary" see `rotary` also."""
         return self.encoding.tokens(batch)
 
+    @torch.compiler.disable
     def rotary(self, batch: TokenBatch) -> Rotary | None:
         """cos and sin [N, 32] of the batch's tokens; None unless positions are rotations."""
         return rotary_tables(batch, self.config) if self.config.position == "rotary" else None
