@@ -25,7 +25,7 @@ from model.encodings import (
     sincos,
 )
 from model.packing import TileArrays, pack
-from model.places import node_centres, node_of_token, sample_grid, select_once
+from model.places import node_centres, node_of_token, per_modality, sample_grid, select_once
 from pipeline.grid import BaseGrid
 
 WIDTH = 64
@@ -164,6 +164,17 @@ def test_nodes_are_found_by_scale_and_place(data, tilesets):
     y, x, scale, _ = batch.positions.unbind(1)
     expected = torch.stack([y + 2.0**scale / 2, x + 2.0**scale / 2], dim=1)
     assert torch.equal(centres[node_of_token(batch)].float(), expected)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_tables_of_equal_numbers_do_not_get_in_each_others_way(make_tiles, first):
+    """Four columns of cells, each four units wide."""
+    tiles = make_tiles(tiles=[(1, 0.0)], num_roots=(1, 1), base_patch_size=4, num_scales=3)
+    batch, settings = packed(tiles, second_set=False), config({"image": 10.0})
+    per_modality.cache_clear()
+    asked = (lambda: node_of_token(batch), lambda: rotary_tables(batch, settings)[0])
+    found = {number: asked[number]() for number in (first, 1 - first)}
+    assert (found[0].dtype, found[1].dtype) == (torch.int64, torch.float32)
 
 
 def test_another_place_time_season_or_band_set_is_told(make_tiles):
