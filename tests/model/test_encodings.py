@@ -13,6 +13,7 @@ from torch.func import functional_call
 from torch.nn.functional import gelu, interpolate
 from torch.testing import assert_close
 
+from model.cells import cell_tables
 from model.config import BandSetConfig, EncoderConfig, ModalityConfig
 from model.encodings import (
     CompositeEncodings,
@@ -271,6 +272,22 @@ def test_gradients_of_a_learned_grid_are_those_of_finite_differences(make_tiles,
     encodings.forward = lambda batch: (encodings.base_rows(batch, 0), encodings.tokens(batch))
     grid = torch.randn(WIDTH, *cells, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(rows, grid)
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"position": "rotary"}, {"position": "learned", "position_cells": (5, 4)},
+], ids=str)  # fmt: skip
+def test_an_encoder_first_used_in_inference_mode_can_be_trained(make_tiles, make_encoder, options):
+    """Tables kept from one batch to the next are not those of inference mode."""
+    for kept in (cell_tables, node_centres, per_modality):
+        kept.cache_clear()
+    encoder, tiles = make_encoder(size_position=True, location_token=True, **options), make_tiles()
+    with torch.inference_mode():
+        encoder(tiles.pack())
+        encoder.token_encoding(tiles.pack())
+    batch = tiles.pack()
+    (encoder(batch).tokens + encoder.token_encoding(batch)).sum().backward()
+    assert all(parameter.grad is not None for parameter in encoder.encoding.parameters())
 
 
 def test_rows_selected_once_have_the_gradient_of_a_look_up():
