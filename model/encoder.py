@@ -101,6 +101,7 @@ class APTEncoder(nn.Module):
         """[N, D]: the encoding at every token's centre; with position "rotary" see `rotary` also."""
         return self.encoding.tokens(batch)
 
+    @torch.compiler.disable
     def rotary(self, batch: TokenBatch) -> Rotary | None:
         """cos and sin [N, 32] of the batch's tokens; None unless positions are rotations."""
         return rotary_tables(batch, self.config) if self.config.position == "rotary" else None
