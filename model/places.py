@@ -121,5 +121,5 @@ class _SelectOnce(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (index,) = ctx.saved_tensors
-        whole = gradient.new_zeros(ctx.num_rows, gradient.shape[1])
+        whole = gradient.new_zeros(ctx.num_rows, *gradient.shape[1:])
         return whole.index_copy(0, index, gradient), None
