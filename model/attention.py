@@ -13,16 +13,16 @@ the rows of a packed buffer and S its sequences.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from importlib import import_module
-from itertools import groupby
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+
+from model.cpu_attention import as_batch, as_rows, attend_any_lengths, attend_lengths, equal_runs
 
 log = logging.getLogger(__name__)
 
@@ -144,111 +144,24 @@ def per_sequence(q_NHK: Tensor, k_NHK: Tensor, v_NHK: Tensor, packed: Packed) ->
     parts = zip(*(x.split(sizes) for x in (q_NHK, k_NHK, v_NHK)), runs, strict=True)
     outputs = []
     for *qkv, (_, count) in parts:
-        q, k, v = (_as_batch(x, count) for x in qkv)
-        outputs.append(_as_rows(scaled_dot_product_attention(q, k, v)))
+        q, k, v = (as_batch(x, count) for x in qkv)
+        outputs.append(as_rows(scaled_dot_product_attention(q, k, v)))
     return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
 
 def on_cpu(q_NHK: Tensor, k_NHK: Tensor, v_NHK: Tensor, packed: Packed) -> Tensor:
-    """`per_sequence` on the CPU, in a compiled model as one operation that takes any lengths."""
-    if not torch.compiler.is_compiling():
+    """The same by torch's kernel for the CPU, whose gradient is made to keep all threads busy.
+
+    In a compiled model it is one operation that takes any lengths.
+    """
+    if torch.compiler.is_compiling():
+        return attend_any_lengths(q_NHK, k_NHK, v_NHK, packed.cu_seqlens)
+    lengths = packed.lengths
+    if lengths and lengths[0] and lengths.count(lengths[0]) == len(lengths):
         return per_sequence(q_NHK, k_NHK, v_NHK, packed)
-    out: Tensor = torch.ops.aptile.cpu_attention(q_NHK, k_NHK, v_NHK, packed.cu_seqlens)[0]
-    return out
+    return attend_lengths(q_NHK, k_NHK, v_NHK, lengths)
 
 
 _BACKENDS: dict[str, PackedAttention] = {
     backend.__name__: backend for backend in (flash_attn, varlen_attn, on_cpu, per_sequence)
 }
-
-
-def equal_runs(lengths: Sequence[int]) -> Iterator[tuple[slice, int]]:
-    """(rows, number of sequences) of every run of equally long sequences; empty ones do not count."""
-    first = 0
-    for length, run in groupby(n for n in lengths if n):
-        count = sum(1 for _ in run)
-        yield slice(first, first + count * length), count
-        first += count * length
-
-
-def _as_batch(rows_NHK: Tensor, count: int) -> Tensor:
-    """[S, H, n, K]: a view of the rows of `count` equally long sequences."""
-    return rows_NHK.unflatten(0, (count, -1)).transpose(1, 2)
-
-
-def _as_rows(batch_SHnK: Tensor) -> Tensor:
-    """[N, H, K]; a view of what torch's attention returns, which has the heads behind the rows."""
-    return batch_SHnK.transpose(1, 2).flatten(0, 1)
-
-
-# For compiled models: `per_sequence` and its gradient as operations the compiler does not look into, so
-# that the lengths of sequences, which are others in every batch, are no part of what it compiles.
-
-
-def _cpu_forward(
-    q_NHK: Tensor, k_NHK: Tensor, v_NHK: Tensor, lengths: Sequence[int]
-) -> tuple[Tensor, Tensor]:
-    """Attention [N, H, K] and the logarithm [N, H] of the sum over which each row's softmax divides."""
-    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    parts = []
-    for rows, count in equal_runs(lengths):
-        out_SHnK, log_sum_SHn = kernel(*(_as_batch(x[rows], count) for x in (q_NHK, k_NHK, v_NHK)))
-        parts.append((_as_rows(out_SHnK), log_sum_SHn.transpose(1, 2).flatten(0, 1)))
-    if not parts:
-        return q_NHK.new_empty(q_NHK.shape), q_NHK.new_empty(q_NHK.shape[:2])
-    out_NHK, log_sum_NH = map(torch.cat, zip(*parts, strict=True))
-    return out_NHK, log_sum_NH
-
-
-def _cpu_backward(
-    grad_NHK: Tensor, saved: Sequence[Tensor], log_sum_NH: Tensor, lengths: Sequence[int]
-) -> Tensor:
-    """Gradients [3, N, H, K] of q, k and v; `saved` are those three and what attention gave."""
-    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-    inputs = (grad_NHK.contiguous(), *saved)
-    grads_3NHK = grad_NHK.new_empty((3, *grad_NHK.shape))
-    for rows, count in equal_runs(lengths):
-        log_sum = log_sum_NH[rows].unflatten(0, (count, -1)).transpose(1, 2)
-        grads = kernel(*(_as_batch(x[rows], count) for x in inputs), log_sum, 0.0, False)
-        for into, grad_SHnK in zip(grads_3NHK, grads, strict=True):
-            into[rows].copy_(_as_rows(grad_SHnK))
-    return grads_3NHK
-
-
-@torch.library.custom_op("aptile::cpu_attention", mutates_args=())
-def _cpu_attention_op(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
-    return _cpu_forward(q, k, v, cu_seqlens.diff().tolist())
-
-
-@torch.library.custom_op("aptile::cpu_attention_backward", mutates_args=())
-def _cpu_backward_op(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum: Tensor, cu_seqlens: Tensor
-) -> Tensor:
-    return _cpu_backward(grad, (q, k, v, out), log_sum, cu_seqlens.diff().tolist())
-
-
-@_cpu_attention_op.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
-    # The kernel counts in float32 at least.
-    wide = torch.promote_types(q.dtype, torch.float32)
-    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=wide)
-
-
-@_cpu_backward_op.register_fake
-def _(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum: Tensor, cu_seqlens: Tensor
-) -> Tensor:
-    return grad.new_empty((3, *grad.shape))
-
-
-def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, cu_seqlens = inputs
-    ctx.save_for_backward(q, k, v, *output, cu_seqlens)
-
-
-def _gradients(ctx: Any, grad_NHK: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    grads_3NHK = torch.ops.aptile.cpu_attention_backward(grad_NHK, *ctx.saved_tensors)
-    return (*grads_3NHK.unbind(), None)
-
-
-_cpu_attention_op.register_autograd(_gradients, setup_context=_keep)

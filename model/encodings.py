@@ -82,14 +82,16 @@ class CompositeEncodings(nn.Module):
         Memory of its own, which the caller may write to. Everything but the band set.
         """
         frames, index = batch.modalities[modality], batch.cell_index(modality)
-        of_frame = self._of_frames(frames)
-        if self.config.position == "rotary":
-            return of_frame.index_select(0, index // frames.grid.num_cells)
-        if self.grid is None:
-            of_cell = self._of_nodes(frames)[: frames.grid.num_cells]
-            return _sums_of_rows(of_frame, of_cell, index)
-        whole = of_frame[:, None] + sample_grid(self.grid, frames.grid, 0)
-        return select_once(whole.flatten(0, 1), index)
+        cells, of_frame = frames.grid.num_cells, self._of_frames(frames)
+        if self.grid is not None:
+            whole = of_frame[:, None] + sample_grid(self.grid, frames.grid, 0)
+            return select_once(whole.flatten(0, 1), index)
+        rows = of_frame.index_select(0, index // cells)
+        if self.config.position == "sincos":
+            # Only a quarter is written twice, and only a quarter of a table kept.
+            table = self._of_nodes(frames)
+            rows[:, -table.shape[1] :] = table.index_select(0, index % cells)
+        return rows
 
     def tokens(self, batch: TokenBatch) -> Tensor:
         """[N, D]: the whole encoding, band set included, at the centre of every token."""
@@ -100,7 +102,8 @@ class CompositeEncodings(nn.Module):
         if self.config.position == "rotary":
             return rows
         of_nodes = torch.cat([self._of_nodes(frames) for frames in batch.modalities])
-        return rows + of_nodes.index_select(0, node_of_token(batch))
+        rows[:, -of_nodes.shape[1] :] += of_nodes.index_select(0, node_of_token(batch))
+        return rows
 
     def _of_frames(self, frames: ModalityFrames) -> Tensor:
         """[F, D]: what all cells of a frame share, without the band set: quarters 2 and 3."""
@@ -113,7 +116,10 @@ class CompositeEncodings(nn.Module):
         return functional.pad(time, (quarter, quarter))
 
     def _of_nodes(self, frames: ModalityFrames) -> Tensor:
-        """[nodes, D]: position of all possible leaves, as in `node_centres`."""
+        """Position of all possible leaves, as in `node_centres`.
+
+        [nodes, D] of a learned grid, else the last quarter only, [nodes, Q].
+        """
         grid = frames.grid
         if self.grid is not None:
             return torch.cat([sample_grid(self.grid, grid, s) for s in range(grid.num_scales)])
@@ -245,8 +251,8 @@ def season_encoding(
     else:
         known, turn = (timestamps >= 0).all(1), day_of_year(day, month, year).float() / _DAYS
     angle = (2 * math.pi * turn)[:, None]
-    wave = torch.cat([angle.sin(), angle.cos()], dim=1).repeat_interleave(width // 2, dim=1)
-    return torch.where(known[:, None], wave, 0)
+    halves = [wave.expand(-1, width // 2) for wave in (angle.sin(), angle.cos())]
+    return torch.where(known[:, None], torch.cat(halves, dim=1), 0)
 
 
 def day_of_year(day: Tensor, month: Tensor, year: Tensor) -> Tensor:
@@ -256,22 +262,15 @@ def day_of_year(day: Tensor, month: Tensor, year: Tensor) -> Tensor:
     return before + day - 1 + (leap & (month > 1))
 
 
-def _sums_of_rows(of_frame: Tensor, of_cell: Tensor, index: Tensor) -> Tensor:
-    """[M, D]: of_frame[index // cells] + of_cell[index % cells], written in one pass."""
-    num_cells = len(of_cell)
-    pairs = torch.stack([index % num_cells, num_cells + index // num_cells], dim=1)
-    return functional.embedding_bag(pairs, torch.cat([of_cell, of_frame]), mode="sum")
-
-
 @lru_cache(maxsize=32)
 def _position_table(
     grid: BaseGrid, units: float, width: int, kind: torch.dtype, device: torch.device
 ) -> Tensor:
-    """[nodes, D]: 2-D sine-cosine of `node_centres` in the last quarter, zeros before it."""
+    """[nodes, Q]: 2-D sine-cosine of `node_centres`."""
     with torch.inference_mode(False):
         centres = node_centres(grid, device) * units
         halves = [sincos(centres[:, axis], width // 8) for axis in (0, 1)]
-        return functional.pad(torch.cat(halves, dim=1), (3 * width // 4, 0)).to(kind)
+        return torch.cat(halves, dim=1).to(kind)
 
 
 @lru_cache(maxsize=32)

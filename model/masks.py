@@ -60,5 +60,5 @@ def _check(what: str, mask: Tensor, shape: tuple[int, ...]) -> None:
             f"{what} is {mask.dtype} of shape {list(mask.shape)}; expected torch.uint8 of {list(shape)}"
         )
     # A GPU would have to be waited for.
-    if not mask.is_cuda and mask.numel() and int(mask.max()) >= _NUM_MASKS:
+    if mask.device.type == "cpu" and mask.numel() and int(mask.max()) >= _NUM_MASKS:
         raise ConfigError(f"{what} holds {int(mask.max())}; expected numbers from 0 to {MISSING}")

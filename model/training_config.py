@@ -115,8 +115,8 @@ def check_fits(encoder: EncoderConfig, dataset: TileDataset) -> None:
     dates = pc.list_flatten(manifest["datetimes"])
     if encoder.sequences == "date" and most_dates < 2 and not _some_are_static(dataset):
         raise ConfigError(
-            "encoder.sequences is date, and no tile has more than one date: every tile is one sequence "
-            "in any case; leave it out"
+            "encoder.sequences is date, and no tile has more than one date: the same as tile; "
+            "leave it out"
         )
     if encoder.season == "day_of_year" and dates.null_count == len(dates):
         raise ConfigError(

@@ -92,7 +92,7 @@ def _frame_table(batch: TokenBatch, modality: int) -> Tensor:
 
 
 def _check_cells(cells: Tensor, limits: tuple[int, int, int]) -> None:
-    if cells.is_cuda:
+    if cells.device.type != "cpu":
         return
     for name, numbers, limit in zip(("tile", "y", "x"), cells.T, limits, strict=False):
         outside = numbers[(numbers < 0) | (numbers >= limit)]

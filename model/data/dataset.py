@@ -136,9 +136,9 @@ class TileDataset(Dataset[Tile | dict[str, Tile]]):
         return costs @ limited(leaves, costs, limit)
 
     @cached_property
-    def _footprints(self) -> pa.Array:
-        """WKB by row of the store's manifest, in one piece, so that rows are found at once."""
-        return self.store.manifest["geometry"].combine_chunks()
+    def _locations(self) -> np.ndarray:
+        """float64 [tile, 2]: see `TokenBatch.location`."""
+        return centres(self.manifest["geometry"])
 
     @cached_property
     def store_order(self) -> np.ndarray:
@@ -234,7 +234,7 @@ class TileDataset(Dataset[Tile | dict[str, Tile]]):
                 for name, r in self._label_readers.items()
             },
             normalized=self.format.normalize,
-            location=centres(self._footprints.take(pa.array(rows))),
+            location=self._locations[tiles],
         )
         read.labels |= {name: labels[tiles] for name, labels in self._label_arrays.items()}
         if self._augmenter is not None:

@@ -9,23 +9,41 @@ import pyarrow as pa
 from pipeline.errors import IntegrityError
 
 _POLYGON, _MULTIPOLYGON = 3, 6
+# Byte order, type, number of rings, number of points in the first.
+_HEADER = struct.Struct("<BIII")
 
 
-def centres(footprints: pa.Array) -> np.ndarray:
+def centres(footprints: pa.Array | pa.ChunkedArray) -> np.ndarray:
     """float64 [tile, 2]: (latitude, longitude) in degrees of the centroids of footprints; NaN without one.
 
     `footprints` are WKB (multi)polygons in longitude and latitude, as in the manifest. Longitudes are in
     -180 ... 180, and a tile cut at the antimeridian has its centre near it. Around a pole, where a tile has
     every longitude, that of the centre means nothing. Raises IntegrityError for anything else.
     """
-    found = np.full((len(footprints), 2), np.nan)
-    for tile, content in enumerate(footprints.to_pylist()):
-        if content is not None:
-            found[tile] = _centre(content)
+    contents = footprints.to_pylist()
+    lengths = np.array([-1 if content is None else len(content) for content in contents])
+    found = np.full((len(contents), 2), np.nan)
+    for length in np.unique(lengths[lengths >= 0]).tolist():
+        at = np.flatnonzero(lengths == length)
+        found[at] = _centres_of_one_length([contents[tile] for tile in at.tolist()])
     return found
 
 
+def _centres_of_one_length(contents: list[bytes]) -> np.ndarray:
+    """[tile, (latitude, longitude)] of footprints of equally many bytes: nearly all have the same form."""
+    length = len(contents[0])
+    points = max(length - _HEADER.size, 0) // 16
+    header = np.frombuffer(_HEADER.pack(1, _POLYGON, 1, points), np.uint8)
+    each = np.frombuffer(b"".join(contents), np.uint8).reshape(len(contents), length)
+    rings = each[:, _HEADER.size :]
+    if points < 4 or rings.shape[1] % 16 or not (each[:, : _HEADER.size] == header).all():
+        return np.array([_centre(content) for content in contents])
+    outlines = np.ascontiguousarray(rings).view("<f8").reshape(-1, points, 2)
+    return _centroids(outlines)[1][:, ::-1]
+
+
 def _centre(content: bytes) -> tuple[float, float]:
+    """(latitude, longitude) of a footprint of any form."""
     try:
         outlines = list(_outlines(content))
     except (struct.error, ValueError) as error:
@@ -37,21 +55,22 @@ def _centre(content: bytes) -> tuple[float, float]:
     if len(outlines) > 1 and east - west > 180:
         # The parts on either side of the antimeridian, brought together.
         outlines = [np.column_stack([xy[:, 0] % 360, xy[:, 1]]) for xy in outlines]
-    areas, points = zip(*map(_centroid, outlines), strict=True)
-    lon, lat = np.average(points, axis=0, weights=areas)
+    areas, points = zip(*(_centroids(outline[None]) for outline in outlines), strict=True)
+    lon, lat = np.average(np.concatenate(points), axis=0, weights=np.concatenate(areas))
     return float(lat), float((lon + 180) % 360 - 180)
 
 
-def _centroid(outline: np.ndarray) -> tuple[float, np.ndarray]:
-    """Area and centroid of a closed ring [n, 2]; of one without area the mean of its points."""
-    origin = outline[0]
-    x, y = (outline - origin).T
-    cross = x[:-1] * y[1:] - x[1:] * y[:-1]
-    area = cross.sum() / 2
-    if area == 0:
-        return np.finfo(float).tiny, outline.mean(0)
-    middle = [(axis[:-1] + axis[1:]) @ cross / (6 * area) for axis in (x, y)]
-    return abs(area), origin + middle
+def _centroids(rings: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Areas [n] and centroids [n, 2] of closed rings [n, point, 2]; without area the mean of its points."""
+    origins = rings[:, :1]
+    x, y = np.moveaxis(rings - origins, 2, 0)
+    cross = x[:, :-1] * y[:, 1:] - x[:, 1:] * y[:, :-1]
+    areas = cross.sum(1) / 2
+    flat = areas == 0
+    moments = [((axis[:, :-1] + axis[:, 1:]) * cross).sum(1) for axis in (x, y)]
+    middles = np.stack(moments, axis=1) / np.where(flat, 1, 6 * areas)[:, None] + origins[:, 0]
+    middles[flat] = rings[flat].mean(1)
+    return np.where(flat, np.finfo(float).tiny, np.abs(areas)), middles
 
 
 def _outlines(content: bytes) -> Iterator[np.ndarray]:

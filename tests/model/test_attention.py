@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 from torch.testing import assert_close
 
-from model import attention
-from model.attention import Packed, choose_attention, equal_runs, on_cpu, per_sequence
+from model import attention, cpu_attention
+from model.attention import Packed, choose_attention, on_cpu, per_sequence
+from model.cpu_attention import equal_runs
 
 HEADS, HEAD_WIDTH = 2, 8
 LENGTHS = st.lists(st.integers(0, 12), min_size=1, max_size=6)
@@ -71,7 +72,7 @@ def test_every_backend_equals_dense_attention_under_a_block_diagonal_mask(backen
     assert_close(*gradients, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", [per_sequence, compiled_op])
+@pytest.mark.parametrize("backend", [per_sequence, on_cpu, compiled_op])
 @pytest.mark.parametrize("lengths", [[0], [0, 0], [0, 3], [3, 0], [0, 2, 0, 0, 1, 0]])
 def test_empty_sequences_give_no_rows_and_hurt_nobody(backend, lengths):
     qkv = random_qkv(sum(lengths))
@@ -83,7 +84,7 @@ def test_empty_sequences_give_no_rows_and_hurt_nobody(backend, lengths):
     assert gradient.shape == qkv.shape
 
 
-@pytest.mark.parametrize("backend", [per_sequence, compiled_op])
+@pytest.mark.parametrize("backend", [per_sequence, on_cpu, compiled_op])
 def test_a_sequence_never_sees_another(backend):
     packed = pack([4, 3, 5])
     qkv = random_qkv(12)
@@ -95,7 +96,38 @@ def test_a_sequence_never_sees_another(backend):
     assert not torch.equal(before[4:7], after[4:7])
 
 
-@pytest.mark.parametrize("backend", [per_sequence, compiled_op])
+@pytest.mark.parametrize("threads", [2, 3])
+@pytest.mark.parametrize("backend", [on_cpu, compiled_op])
+def test_gradients_in_parts_that_keep_all_threads_busy_are_the_same(backend, threads, monkeypatch):
+    lengths, parts = [600, 3, 257, 256, 255, 5, 5], []
+    original = cpu_attention._backward_in_parts
+
+    def noting(number, *tensors):
+        parts.append((number, tensors[0].shape[2]))
+        return original(number, *tensors)
+
+    monkeypatch.setattr(cpu_attention, "_backward_in_parts", noting)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    heads = torch.randn(3, sum(lengths), 5, 8, generator=torch.Generator().manual_seed(0))
+    heads.requires_grad_()
+    packed, weights = pack(lengths), torch.linspace(-1, 1, sum(lengths))[:, None, None]
+    found, expected = (
+        torch.autograd.grad((attend(*heads, packed) * weights).sum(), heads)[0]
+        for attend in (backend, dense)
+    )
+    assert_close(found, expected, rtol=0, atol=1e-5)
+    assert parts == [(min(threads, n // 128), n) for n in (600, 257, 256)]
+
+
+def test_one_thread_or_as_many_as_heads_need_no_parts(monkeypatch):
+    for threads in (1, 2, 4):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        assert cpu_attention._query_parts(1, 4, 1000) == 1
+        assert cpu_attention._query_parts(7, 3, 1000) == 1
+    assert cpu_attention._query_parts(1, 3, 1000) == 4
+
+
+@pytest.mark.parametrize("backend", [per_sequence, on_cpu, compiled_op])
 def test_gradients_are_those_of_finite_differences(backend):
     packed, qkv = pack([3, 0, 2]), random_qkv(5, dtype=torch.float64)
     assert torch.autograd.gradcheck(lambda x: backend(*x, packed), qkv)
@@ -108,7 +140,7 @@ def test_the_operation_of_compiled_models_keeps_to_the_rules_of_operations():
         torch.library.opcheck(torch.ops.aptile.cpu_attention.default, inputs)
 
 
-@pytest.mark.parametrize("backend", [per_sequence, compiled_op])
+@pytest.mark.parametrize("backend", [per_sequence, on_cpu, compiled_op])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_sixteen_bits_are_near(backend, dtype):
     packed, qkv = pack([40, 9]), random_qkv(49)

@@ -184,6 +184,21 @@ def test_normalised_pixels_are_what_the_encoder_would_make_of_them(path):
     assert torch.equal(single.cells(0, 0)[0], plain.batch([0]).cells(0, 0)[0].float())
 
 
+def test_an_encoder_for_a_store_reads_all_modalities_band_sets_and_dates(dataset):
+    torch.manual_seed(0)
+    encoder = APTEncoder(EncoderConfig.for_store(dataset.store, class_token=True))
+    batch = dataset.batch(range(len(dataset)))
+    encoded = encoder(batch)
+    assert encoded.tokens.shape == (batch.num_tokens, 128)
+    alone = [encoder(dataset.batch([row])) for row in range(len(dataset))]
+    tokens = torch.cat([one.tokens for one in alone])
+    torch.testing.assert_close(encoded.tokens, tokens, rtol=0, atol=1e-5)
+    only = TileDataset(dataset.store, modalities={"s1": None, "s2": ["60m"]})
+    assert encoder(only.batch([0])).tokens.isfinite().all()
+    with pytest.raises(ConfigError, match="modality 'dem', which this encoder cannot read"):
+        APTEncoder(EncoderConfig.for_store(dataset.store, ["s1", "s2"]))(batch)
+
+
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int32, np.float32, np.float64])
 def test_normalising_gives_the_encoders_numbers_bit_for_bit(dtype):
     rng = np.random.default_rng(1)

@@ -11,6 +11,7 @@ from torch.testing import assert_close
 
 from model.embed import PatchEmbedding, PixelNormalization, normalised_cells, zero_but
 from model.kernels import resize_kernel
+from model.packing import TileArrays, pack
 
 WIDTH = 32
 JUNK = st.sampled_from([np.nan, np.inf, -np.inf, 3e38, 7.0])
@@ -217,10 +218,20 @@ def test_normalising_changes_neither_the_batch_nor_its_cells(make_tiles, with_pi
     assert torch.equal(batch.modalities[0].band_sets[0].pixels, stored)
 
 
-def test_band_sets_may_have_patches_of_different_sizes(make_tiles, make_encoder):
-    """The cells say how many px a patch has; the kernel is brought to it."""
-    fine, coarse = (make_tiles(base_patch_size=p).pack() for p in (2, 6))
-    for batch in (fine, coarse):
-        tokens = make_encoder().embed(batch)
-        assert tokens.shape == (batch.num_tokens, 64)
-        assert tokens.isfinite().all()
+def test_band_sets_may_have_patches_of_different_sizes(make_tiles):
+    """The cells say how many px a patch has; one kernel size serves all."""
+    frames = make_tiles(base_patch_size=6).arrays()
+    (fine,) = frames.band_sets
+    coarse = replace(
+        fine,
+        name="coarse",
+        pixels=fine.pixels[:, :, ::3, ::3].copy(),
+        valid=fine.valid[:, ::3, ::3].copy(),
+    )
+    frames.band_sets.append(coarse)
+    batch = pack(TileArrays(np.arange(3), [frames]))
+    normalization, embed = PixelNormalization(((0.0, 1000.0),) * 3), embedding()
+    for band_set, size in enumerate((6, 2)):
+        cells = normalised_cells(batch, 0, band_set, normalization)
+        assert cells[0].shape == (len(batch.cell_index(0)), 3, size, size)
+        assert_close(embed(*cells)[:9], slow_rows(embed, *(part[:9] for part in cells)))

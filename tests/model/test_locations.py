@@ -56,6 +56,18 @@ def test_parts_on_one_side_are_not_moved():
     assert found == pytest.approx((0.5, parts.centroid.x))
 
 
+def test_footprints_of_any_form_among_others():
+    """Alike and not, with a hole, with other byte order, cut in two: each its own centre."""
+    hole = shapely.Polygon(shapely.box(5, 5, 9, 9).exterior, [shapely.box(6, 6, 7, 7).exterior])
+    shapes = [
+        shapely.box(0, 0, 2, 4), hole, shapely.box(10, 20, 12, 28), shapely.Point(7, 8).buffer(1),
+        shapely.MultiPolygon([shapely.box(0, 0, 2, 4), shapely.box(2, 0, 4, 4)]),
+    ]  # fmt: skip
+    footprints = pa.concat_arrays([wkb(*shapes), wkb(shapely.box(0, 0, 2, 4), byte_order=0)])
+    expected = [[2, 1], [7, 7], [24, 11], [8, 7], [2, 2], [2, 1]]
+    np.testing.assert_allclose(centres(footprints), expected, atol=1e-9)
+
+
 def test_unknown_places_are_nan():
     found = centres(wkb(None, shapely.box(0, 0, 2, 4), None))
     np.testing.assert_array_equal(found, [[np.nan, np.nan], [2, 1], [np.nan, np.nan]])
