@@ -28,6 +28,7 @@ import statistics
 import sys
 import tempfile
 import warnings
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -45,7 +46,6 @@ from encoder_clock import (
     EMBED,
     FORWARD,
     MERGE,
-    SCATTER,
     STEP,
     Forward,
     median_ratio,
@@ -171,20 +171,15 @@ def part_rows(setting: Setting, encoder: APTEncoder, batches: dict[float, TokenB
         MERGE: (encoder.merge, "forward"),
         BLOCKS: (encoder.stack, "forward"),
     }
-    scatter = {SCATTER: (_Nothing(), "forward")}
     rows = []
     for ratio in (UNIFORM, SHOWN):
         run = partial(step, partial(on_grid, encoder, batches[ratio]), "cpu")
         encoder.zero_grad(set_to_none=True)
-        shares = parts_of(run, methods | scatter, repeats=3)
-        whole = min(seconds(run, "cpu") for _ in range(3))
+        shares = parts_of(run, methods, repeats=2)
+        whole = min(seconds(run, "cpu") for _ in range(2))
         row: dict[str, Any] = {"what": f"step: {setting.name}, ratio {ratio}", "ms": 1e3 * whole}
         rows.append(row | {part: shares[part] for part in shares})
     return rows
-
-
-class _Nothing:
-    def forward(self) -> None: ...
 
 
 WAYS = ("packed", "padded", "one N x N mask")
@@ -262,9 +257,9 @@ def operator_rows(encoder: APTEncoder, batches: dict[float, TokenBatch]) -> Rows
 
 def compositions(batches: dict[float, TokenBatch]) -> dict[str, TokenBatch]:
     """Batches that differ in everything but their modality."""
-    whole, shown = batches[UNIFORM], batches[SHOWN]
-    named = {f"ratio {ratio:g}": batch for ratio, batch in batches.items()}
-    return {"two dates": with_dates(shown, 2), "no merging": whole, **named}
+    ratios = {max(batches), SHOWN, min(batches)}
+    named = {f"ratio {ratio:g}": batches[ratio] for ratio in sorted(ratios, reverse=True)}
+    return {**named, f"ratio {SHOWN}, two dates": with_dates(batches[SHOWN], 2)}
 
 
 def peer_rows(
@@ -294,30 +289,29 @@ def peer_rows(
     ]
 
 
-def rows_of(folder: Path, args: Any) -> Rows:
+def rows_of(folder: Path, args: Any) -> Iterator[Rows]:
     """Setting by setting."""
     settings, size = (QUICK, "nano") if args.quick else (SETTINGS, "tiny")
     if args.device == "cuda" and not args.quick:
         settings = [replace(setting, cells=GPU_CELLS) for setting in settings]
     rounds = 1 if args.quick else args.rounds
     ratios = (UNIFORM, SHOWN) if args.quick else RATIOS
-    rows: Rows = []
-    for setting in settings:
+    for number, setting in enumerate(settings):
         print(setting.name, file=sys.stderr)
         store = store_of(setting, args.archive, folder)
         batches = {r: b.to(args.device) for r, b in batches_of(store, setting, ratios).items()}
         encoder = encoder_of(batches[UNIFORM], store, size)
-        rows += speed_rows(setting, encoder, batches, rounds, args.device)
-        rows.append(share_row(setting, encoder, batches[SHOWN], rounds, args.device))
-        if setting in settings[:2]:
-            rows += peer_rows(setting, encoder, batches, min(rounds, 3), args.device)
-        if setting == settings[0]:
-            rows += operator_rows(encoder, batches)
-            rows += part_rows(setting, encoder, batches) if args.device == "cpu" else []
-        if setting == (settings[1] if len(settings) > 1 else settings[0]):
-            rows += memory_rows(setting, encoder, batches, args.quick, args.device)
-            rows += gpu_rows(setting, store, ratios, rounds) if args.device == "cuda" else []
-    return [*rows, *({"what": f"peers: {name}", "note": "not installed"} for name in absent())]
+        yield speed_rows(setting, encoder, batches, rounds, args.device)
+        yield [share_row(setting, encoder, batches[SHOWN], rounds, args.device)]
+        if number < 2:
+            yield peer_rows(setting, encoder, batches, min(rounds, 3), args.device)
+        if number == 0:
+            yield operator_rows(encoder, batches)
+            yield part_rows(setting, encoder, batches) if args.device == "cpu" else []
+        if number == min(1, len(settings) - 1):
+            yield memory_rows(setting, encoder, batches, args.quick, args.device)
+            yield gpu_rows(setting, store, ratios, rounds) if args.device == "cuda" else []
+    yield [{"what": f"peers: {name}", "note": "not installed"} for name in absent()]
 
 
 def main() -> None:
@@ -327,11 +321,14 @@ def main() -> None:
         return
     warnings.filterwarnings("ignore", category=UserWarning)
     torch.set_num_threads(args.threads)
+    how = {"torch": torch.__version__, "device": args.device, "threads": args.threads}
+    rows: Rows = []
     with tempfile.TemporaryDirectory() as folder:
-        rows = rows_of(Path(folder), args)
+        for found in rows_of(Path(folder), args):
+            rows += found
+            if args.json is not None:
+                save(rows, args.json, **how)
     print("\n\n".join(tables(rows).values()))
-    if args.json is not None:
-        save(rows, args.json, torch=torch.__version__, device=args.device, threads=args.threads)
     if args.pictures is not None:
         draw(args.pictures, rows)
 

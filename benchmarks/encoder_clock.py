@@ -105,14 +105,14 @@ def parts_of(
 ) -> dict[str, float]:
     """Share of every part in a step, forward and backward: ranges, blocks by kind of operator.
 
-    Backward operators count for the range of the forward operator that they belong to, which torch tells
-    by its number. Only for the CPU.
+    Ranges are `methods` and what `run` itself names `SCATTER`. Backward operators count for the range of
+    the forward operator that they belong to, which torch tells by its number. Only for the CPU.
     """
     run()
     with ranges(methods), profile(activities=[ProfilerActivity.CPU]) as profiled:
         for _ in range(repeats):
             run()
-    times = _by_part(list(profiled.events()), set(methods))
+    times = _by_part(list(profiled.events()), {*methods, SCATTER})
     total = sum(times.values())
     return {part: times[part] / total for part in (*PARTS, REST)}
 
@@ -123,7 +123,8 @@ def _by_part(events: list[FunctionEvent], names: set[str]) -> dict[str, float]:
     for event in sorted(events, key=lambda e: e.time_range.start):
         forward = _range_of(event, names)
         if forward is not None and event.sequence_nr >= 0:
-            part_of_number.setdefault(event.sequence_nr, forward)
+            # Operators without a gradient have the number of the next one that has.
+            part_of_number[event.sequence_nr] = forward
     for event in events:
         part = _range_of(event, names) or _backward_range(event, part_of_number)
         if part == BLOCKS:

@@ -130,7 +130,7 @@ def _whole_tiles(store: Store, setting: Setting) -> np.ndarray:
 def with_dates(batch: TokenBatch, dates: int) -> TokenBatch:
     """Tiles of one date as fewer tiles of several; tokens stay in their places."""
     (frames,) = batch.modalities
-    number = torch.arange(batch.num_tiles)
+    number = torch.arange(batch.num_tiles, device=batch.device)
     frames = replace(frames, tile=number // dates, timestep=number % dates, num_timesteps=dates)
     positions = batch.positions.clone()
     positions[:, 3] = (number % dates)[batch.frame]

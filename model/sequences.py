@@ -104,6 +104,7 @@ class Windows:
         return permute_rows(rows, self.inverse, self.order)
 
 
+@torch.compiler.disable
 def plan(
     batch: TokenBatch, per: Per = "tile", see: See = "online", num_prefix: int = 0
 ) -> Sequences:
@@ -136,6 +137,7 @@ def plan(
     )
 
 
+@torch.compiler.disable
 def windowed(batch: TokenBatch, sequences: Sequences, windows: int) -> Windows:
     """Sequences cut into `windows x windows` squares of the tile.
 
