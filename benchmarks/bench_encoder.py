@@ -14,7 +14,7 @@ gradients; `forward + backward` ends with gradients of all weights.
 - `memory`: peak of a step over what the process had before, each in a process of its own
 - `operators`: how many run in a step, attention aside, for batches that differ in tiles and tokens
 - `peers`: as many tokens as the encoder has, see `encoder_peers`
-- with `--device cuda`: a base model in bf16 with every attention there is
+- with `--device cuda`: all in bf16, larger batches, and a base model with every packed attention
 
 Without --archive FOLDER (scenes of one date each) it takes the Sentinel-2 chip of the package spyndex. With
 --pictures FOLDER it draws `encoder_speedup.png` and `encoder_step.png`; with --drawn-from FILE, written by
@@ -28,18 +28,15 @@ import statistics
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import psutil
 import torch
-from torch import Tensor, nn
-from torch.profiler import record_function
+from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent))
 from common import arguments, save
@@ -58,7 +55,8 @@ from encoder_clock import (
     step,
     taking_turns,
 )
-from encoder_flops import flops_of
+from encoder_gpu import gpu_rows
+from encoder_model import encoded, encoder_of, flops_of, on_grid, one_operator_attention
 from encoder_peers import (
     PlainBlocks,
     absent,
@@ -71,7 +69,7 @@ from encoder_peers import (
 )
 from encoder_scenes import UNIFORM, Setting, batches_of, fresh, store_of, with_dates
 from encoder_tables import tables
-from model import APTEncoder, EncoderConfig, TokenBatch, attention
+from model import APTEncoder, EncoderConfig, TokenBatch
 from model.upsample import to_grid
 
 RATIOS = (1.0, 0.7, 0.5, 0.35, 0.2)
@@ -83,37 +81,16 @@ SETTINGS = [
     for tile_px, base_px in ((64, 4), (128, 4), (64, 2))
 ]
 QUICK = [Setting(64, 4, 1, 1024)]
-# Compared with peers: the first two.
-LOOKED_INTO = [*SETTINGS[:2], *QUICK]
+GPU_CELLS = 64 * 1024
 OPTIONS: dict[str, dict[str, Any]] = {
     "--archive": {"type": Path, "metavar": "FOLDER", "help": "scenes of one date each"},
     "--device": {"choices": ["cpu", "cuda"], "default": "cpu", "help": "where to run"},
     "--threads": {"type": int, "default": 1, "help": "of torch on a CPU"},
-    "--rounds": {"type": int, "default": 5, "help": "how often all take turns"},
+    "--rounds": {"type": int, "default": 4, "help": "how often all take turns"},
     "--drawn-from": {"type": Path, "metavar": "FILE", "help": "only draw, from these figures"},
 }
 
 Rows = list[dict[str, Any]]
-
-
-def encoder_of(batch: TokenBatch, store: Any, size: str) -> APTEncoder:
-    """A fresh encoder for the batch's band set."""
-    torch.manual_seed(0)
-    chosen = {m.name: [s.name for s in m.band_sets] for m in batch.modalities}
-    config = EncoderConfig.for_store(store, chosen, size=size)
-    return APTEncoder(config).to(batch.device)
-
-
-def encoded(encoder: APTEncoder, batch: TokenBatch) -> Tensor:
-    """[N, D]; nothing is taken over from an earlier call."""
-    return encoder(fresh(batch)).tokens
-
-
-def on_grid(encoder: APTEncoder, batch: TokenBatch) -> Tensor:
-    batch = fresh(batch)
-    tokens = encoder(batch).tokens
-    with record_function(SCATTER):
-        return to_grid(tokens, batch)[0]
 
 
 def speed_rows(
@@ -180,7 +157,7 @@ def taking_turns_of_steps(
     found: dict[str, list[float]] = {name: [] for name in contenders}
     for number in range(rounds + 1):
         for name, (module, forward) in contenders.items():
-            taken = seconds(partial(step, forward), device)
+            taken = seconds(partial(step, forward, device), device)
             module.zero_grad(set_to_none=True)
             if number:
                 found[name].append(taken)
@@ -197,7 +174,7 @@ def part_rows(setting: Setting, encoder: APTEncoder, batches: dict[float, TokenB
     scatter = {SCATTER: (_Nothing(), "forward")}
     rows = []
     for ratio in (UNIFORM, SHOWN):
-        run = partial(step, partial(on_grid, encoder, batches[ratio]))
+        run = partial(step, partial(on_grid, encoder, batches[ratio]), "cpu")
         encoder.zero_grad(set_to_none=True)
         shares = parts_of(run, methods | scatter, repeats=3)
         whole = min(seconds(run, "cpu") for _ in range(3))
@@ -227,12 +204,12 @@ def peak_bytes(config: str, batch: TokenBatch, way: str, device: str) -> int:
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        step(lambda: ways[way](encoder=encoder, batch=batch))
+        step(lambda: ways[way](encoder=encoder, batch=batch), device)
         return torch.cuda.max_memory_allocated() - before
     for parameter in (*encoder.parameters(), *blocks.parameters()):
         parameter.grad = torch.zeros_like(parameter)
     before = psutil.Process().memory_info().rss
-    step(lambda: ways[way](encoder=encoder, batch=batch))
+    step(lambda: ways[way](encoder=encoder, batch=batch), device)
     # KiB on Linux.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
 
@@ -275,7 +252,7 @@ def operator_rows(encoder: APTEncoder, batches: dict[float, TokenBatch]) -> Rows
         row["tiles"] = batch.num_tiles
         for what, run in (
             (FORWARD, partial(encoded, encoder, batch)),
-            (STEP, lambda batch=batch: step(partial(on_grid, encoder, batch))),
+            (STEP, partial(step, partial(on_grid, encoder, batch), batch.device.type)),
         ):
             with one_operator_attention():
                 row[what] = operators(run)
@@ -290,17 +267,6 @@ def compositions(batches: dict[float, TokenBatch]) -> dict[str, TokenBatch]:
     return {"two dates": with_dates(shown, 2), "no merging": whole, **named}
 
 
-@contextmanager
-def one_operator_attention() -> Iterator[None]:
-    """The CPU's attention runs operators per sequence; put some in its place whose number is fixed."""
-
-    def sum_of_three(q: Tensor, k: Tensor, v: Tensor, *_: object) -> Tensor:
-        return q + k + v
-
-    with mock.patch("model.blocks.choose_attention", return_value=sum_of_three):
-        yield
-
-
 def peer_rows(
     setting: Setting,
     encoder: APTEncoder,
@@ -312,7 +278,6 @@ def peer_rows(
     batch, uniform = batches[SHOWN], batches[UNIFORM]
     contenders: dict[str, tuple[nn.Module, Forward]] = {
         "aptile": (encoder, partial(encoded, encoder, batch)),
-        "aptile, all base patches": (encoder, partial(encoded, encoder, uniform)),
         **peers(encoder, setting, batch, uniform),
     }
     found = taking_turns(contenders, rounds, device)
@@ -329,70 +294,11 @@ def peer_rows(
     ]
 
 
-def gpu_rows(setting: Setting, store: Any, rounds: int) -> Rows:
-    """A base model in bf16, with every attention there is, by ratio.
-
-    Utilisation is of the fastest product of matrices of 8192 x 8192 in the same run.
-    """
-    peak = matmul_flops()
-    batches = {r: b.to("cuda") for r, b in batches_of(store, setting, RATIOS).items()}
-    encoder = encoder_of(batches[UNIFORM], store, "base")
-    blocks = PlainBlocks(encoder.config.width, encoder.config.depth).to("cuda")
-    contenders: dict[str, tuple[nn.Module, Forward]] = {}
-    for ratio, batch in batches.items():
-        for name, attend in packed_attentions().items():
-            call = partial(with_attention, attend, partial(encoded, encoder, batch))
-            contenders[f"{name}, ratio {ratio:g}"] = encoder, in_bf16(call)
-        call = partial(padded, encoder, blocks, batch)
-        both = nn.ModuleList([encoder, blocks])
-        contenders[f"padded SDPA, ratio {ratio:g}"] = both, in_bf16(call)
-    found = taking_turns(contenders, rounds, "cuda")
-    rows = []
-    for name, times in found.items():
-        way, ratio = name.split(", ratio ")
-        batch = batches[float(ratio)]
-        row: dict[str, Any] = {"what": f"GPU: {setting.name}, {name}", "tokens": batch.num_tokens}
-        # Forward; a backward pass has twice as many.
-        flops = flops_of(encoder, batch)
-        for what, factor in ((FORWARD, 1), (STEP, 3)):
-            taken = statistics.median(times[what])
-            row[f"{what}, tokens/s"] = batch.num_tokens / taken
-            row[f"{what}, utilisation"] = factor * flops / taken / peak
-            uniform = found[f"{way}, ratio {UNIFORM:g}"]
-            row[f"{what}, speedup"] = median_ratio(uniform[what], times[what])
-        row["FLOP ratio"] = flops_of(encoder, batches[UNIFORM]) / flops
-        rows.append(row)
-    return rows
-
-
-def packed_attentions() -> dict[str, Any]:
-    """Those of the encoder that can be had here, by name; private, as only one is ever chosen."""
-    made = (attention._flash_attention(), attention._torch_varlen_attention())
-    return {attend.__name__: attend for attend in made if attend is not None}
-
-
-def with_attention(attend: Any, forward: Forward) -> Tensor:
-    with mock.patch("model.blocks.choose_attention", return_value=attend):
-        return forward()
-
-
-def in_bf16(forward: Forward) -> Forward:
-    def run() -> Tensor:
-        with torch.autocast("cuda", torch.bfloat16):
-            return forward()
-
-    return run
-
-
-def matmul_flops(side: int = 8192) -> float:
-    """FLOP/s of large matrix products in bf16."""
-    a = torch.randn(side, side, device="cuda", dtype=torch.bfloat16)
-    return 2 * side**3 / min(seconds(lambda: a @ a, "cuda") for _ in range(10))
-
-
 def rows_of(folder: Path, args: Any) -> Rows:
     """Setting by setting."""
     settings, size = (QUICK, "nano") if args.quick else (SETTINGS, "tiny")
+    if args.device == "cuda" and not args.quick:
+        settings = [replace(setting, cells=GPU_CELLS) for setting in settings]
     rounds = 1 if args.quick else args.rounds
     ratios = (UNIFORM, SHOWN) if args.quick else RATIOS
     rows: Rows = []
@@ -403,13 +309,14 @@ def rows_of(folder: Path, args: Any) -> Rows:
         encoder = encoder_of(batches[UNIFORM], store, size)
         rows += speed_rows(setting, encoder, batches, rounds, args.device)
         rows.append(share_row(setting, encoder, batches[SHOWN], rounds, args.device))
-        if setting in LOOKED_INTO:
-            rows += peer_rows(setting, encoder, batches, rounds, args.device)
+        if setting in settings[:2]:
+            rows += peer_rows(setting, encoder, batches, min(rounds, 3), args.device)
         if setting == settings[0]:
             rows += operator_rows(encoder, batches)
             rows += part_rows(setting, encoder, batches) if args.device == "cpu" else []
         if setting == (settings[1] if len(settings) > 1 else settings[0]):
             rows += memory_rows(setting, encoder, batches, args.quick, args.device)
+            rows += gpu_rows(setting, store, ratios, rounds) if args.device == "cuda" else []
     return [*rows, *({"what": f"peers: {name}", "note": "not installed"} for name in absent())]
 
 

@@ -5,6 +5,8 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +14,7 @@ from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile, record_function
 
 Forward = Callable[[], Tensor]
+Name = TypeVar("Name")
 FORWARD, STEP = "forward", "forward + backward"
 # Ranges of a forward pass, from the innermost out, in the order of the picture.
 EMBED, MERGE, BLOCKS, SCATTER = "embedding, encodings", "merging", "blocks", "scatter"
@@ -36,28 +39,35 @@ def seconds(call: Callable[[], object], device: str) -> float:
     return clock() - begin
 
 
-def step(forward: Forward) -> None:
+def numbers(device: str) -> torch.autocast:
+    """bf16 on a GPU, float32 on a CPU."""
+    return torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
+
+
+def step(forward: Forward, device: str) -> None:
     """Forward, a loss of all outputs, backward."""
-    forward().float().square().mean().backward()
+    with numbers(device):
+        loss = forward().float().square().mean()
+    loss.backward()
 
 
 def taking_turns(
-    contenders: Mapping[str, tuple[nn.Module, Forward]], rounds: int, device: str
-) -> dict[str, dict[str, list[float]]]:
+    contenders: Mapping[Name, tuple[nn.Module, Forward]], rounds: int, device: str
+) -> dict[Name, dict[str, list[float]]]:
     """Seconds of every round, by contender and `FORWARD` or `STEP`; a first round does not count.
 
     The order turns round from one round to the next.
     """
-    found: dict[str, dict[str, list[float]]] = {
+    found: dict[Name, dict[str, list[float]]] = {
         name: {FORWARD: [], STEP: []} for name in contenders
     }
     for number in range(rounds + 1):
         for name in list(contenders)[:: -1 if number % 2 else 1]:
             module, forward = contenders[name]
-            with torch.no_grad():
+            with torch.no_grad(), numbers(device):
                 taken = {FORWARD: seconds(forward, device)}
             module.zero_grad(set_to_none=True)
-            taken[STEP] = seconds(lambda forward=forward: step(forward), device)
+            taken[STEP] = seconds(partial(step, forward, device), device)
             module.zero_grad(set_to_none=True)
             for what, time_taken in taken.items() if number else ():
                 found[name][what].append(time_taken)

@@ -3,12 +3,13 @@
 from pathlib import Path
 from typing import Any
 
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
 
 from encoder_clock import FORWARD, PARTS, REST, STEP
 
 Rows = list[dict[str, Any]]
+SHARES, SPEEDUPS = (0.2, 0.35, 0.5, 0.7, 1.0), (1, 1.5, 2, 3, 4, 6, 8, 12)
 COLOURS = ("#b2182b", "#ef8a62", "#2166ac", "#67a9cf", "#d1e5f0", "#f7b538", "#999999")
 
 
@@ -36,10 +37,12 @@ def _speedup(rows: Rows) -> Figure:
             panel.plot(ratios, ideal, color=f"C{number}", linewidth=0.9, linestyle="--")
             measured = [row[what] for row in of_setting]
             panel.plot(ratios, measured, "o", color=f"C{number}", markersize=5, label=name)
-        panel.set_yscale("log", base=2)
-        panel.yaxis.set_major_formatter("{x:g}")
+        panel.set_xscale("log")
+        panel.set_yscale("log")
+        panel.set_yticks(SPEEDUPS, [f"{speedup:g}" for speedup in SPEEDUPS])
+        panel.set_xticks(SHARES, [f"{share:.0%}" for share in SHARES])
+        panel.minorticks_off()
         panel.set_xlabel("tokens, share of the base grid")
-        panel.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         panel.set_title(what, fontsize=10)
         panel.grid(alpha=0.3, linewidth=0.5)
         panel.spines[["top", "right"]].set_visible(False)
@@ -47,6 +50,11 @@ def _speedup(rows: Rows) -> Figure:
     panels[1].plot([], [], color="gray", linestyle="--", linewidth=0.9, label="ideal: FLOPs")
     panels[1].legend(fontsize=8, frameon=False)
     return figure
+
+
+def _on(colour: str) -> str:
+    """White on dark colours, black on light ones."""
+    return "white" if sum(to_rgb(colour)) < 1.5 else "black"
 
 
 def _step(rows: Rows) -> Figure:
@@ -60,9 +68,17 @@ def _step(rows: Rows) -> Figure:
             width = row[part] * row["ms"]
             label = None if place else part
             panel.barh(place, width, left=left, color=colour, label=label, height=0.6)
-            if row[part] > 0.03:
+            if row[part] > 0.045:
                 text = f"{100 * row[part]:.0f} %"
-                panel.text(left + width / 2, place, text, ha="center", va="center", fontsize=7.5)
+                panel.text(
+                    left + width / 2,
+                    place,
+                    text,
+                    ha="center",
+                    va="center",
+                    fontsize=7.5,
+                    color=_on(colour),
+                )
             left += width
     names = [str(row["what"]).rpartition(", ")[2] for row in bars]
     panel.set_yticks(range(len(bars)), names)

@@ -74,7 +74,7 @@ def _memory(rows: Rows) -> str:
         ]
         for row in rows
     ]
-    return _table(["", "peak, MiB", "of the base grid's"], body)
+    return _table(["a step", "peak, MiB", "of the base grid's"], body)
 
 
 def _operators(rows: Rows) -> str:
@@ -113,7 +113,7 @@ def _gpu(rows: Rows) -> str:
         [row["name"], *(f"{row[c]:.3g}" for c in columns), f"{row['FLOP ratio']:.2f}"]
         for row in rows
     ]
-    return _table(["", *columns, "FLOP ratio"], body)
+    return _table(["on a GPU", *columns, "FLOP ratio"], body)
 
 
 def _percent(share: float) -> str:

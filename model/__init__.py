@@ -5,6 +5,7 @@ Never imports dask, rasterio or numba: a training environment can lack them.
 
 from model.batch import TokenBatch
 from model.config import EncoderConfig, EncoderOptions
+from model.cost import TokenCounts, count_flops, count_parameters
 from model.data import (
     Augmentation,
     BatchStream,
@@ -18,10 +19,12 @@ from model.data import (
 from model.encoded import Encoded
 from model.encoder import APTEncoder
 from model.masks import with_cell_masks, with_token_masks
+from model.pooling import AttentionPool, class_pool, mean_pool
 from model.upsample import scatter_to_grid, to_grid, tokens_at
 
 __all__ = [
     "APTEncoder",
+    "AttentionPool",
     "Augmentation",
     "BatchStream",
     "Encoded",
@@ -31,8 +34,13 @@ __all__ = [
     "TileDataset",
     "TokenBatch",
     "TokenBatches",
+    "TokenCounts",
     "class_balanced",
+    "class_pool",
     "class_weights",
+    "count_flops",
+    "count_parameters",
+    "mean_pool",
     "mix",
     "scatter_to_grid",
     "to_grid",

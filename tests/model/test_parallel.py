@@ -19,7 +19,7 @@ def test_two_processes_compute_what_one_does(wrap, make_tiles, make_encoder, tmp
 
     One process's batches lack a modality.
     """
-    encoder = with_radar(make_encoder(depth=3).config)
+    encoder = with_radar(make_encoder(depth=3, class_token=True, register_tokens=1).config)
     batches = [[batch_of(make_tiles, rank, n) for n in range(2)] for rank in range(2)]
     arguments = [(rank, batches, tmp_path, wrap, encoder) for rank in range(2)]
     assert exit_codes(encode_rank, arguments) == [0, 0]
