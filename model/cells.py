@@ -21,8 +21,10 @@ _OF_BYTES = {
 @lru_cache(maxsize=32)
 def cell_tables(grid: BaseGrid, device: torch.device) -> tuple[Tensor, Tensor]:
     """int64 [cell] each: row-major index of every storage position, and the other way round."""
-    order = torch.from_numpy(grid.storage_order).to(device)
-    return order, order.argsort()
+    # Tables made in inference mode could not be used for training later.
+    with torch.inference_mode(False):
+        order = torch.from_numpy(grid.storage_order).to(device)
+        return order, order.argsort()
 
 
 def cut(frames: Tensor, grid: BaseGrid, places: Tensor) -> Tensor:

@@ -3,6 +3,9 @@
 Shape suffixes are those of `model.batch`.
 """
 
+from collections.abc import Callable
+from typing import Self
+
 import torch
 from torch import Tensor, nn
 
@@ -18,9 +21,25 @@ class PixelNormalization(nn.Module):
 
     def __init__(self, value_range: tuple[tuple[float, float], ...]) -> None:
         super().__init__()
-        low, high = torch.tensor(value_range, dtype=torch.float32).unbind(1)
+        self.value_range = value_range
+        self._make_tables(torch.float32, None)
+
+    def _make_tables(self, dtype: torch.dtype, device: torch.device | None) -> None:
+        ranges = torch.tensor(self.value_range, dtype=torch.float32, device=device).to(dtype)
+        low, high = ranges.unbind(1)
         self.register_buffer("low_C", low, persistent=False)
         self.register_buffer("half_span_C", (high - low) / 2, persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Of `to`, `half`, `to_empty` and the like.
+
+        Tables are made anew: in 16 bits ranges and pixels would be rounded, to 8 bits at worst, and memory
+        that was not filled would hold any number.
+        """
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        wide = torch.promote_types(self.low_C.dtype, torch.float32)
+        self._make_tables(wide, self.low_C.device)
+        return self
 
     def forward(self, values_MCPP: Tensor, valid_MCPP: Tensor) -> Tensor:
         """`valid` bool may have one channel for all, [M, 1, P, P]."""

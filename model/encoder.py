@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from model import pretrained
+from model.attention import Packed
 from model.batch import TokenBatch
 from model.blocks import BlockStack, Rotary
 from model.config import EncoderConfig, group_name
@@ -21,7 +22,7 @@ from model.encoded import Encoded
 from model.encodings import CompositeEncodings, SizePosition, rotary_tables
 from model.merge import RunMerge
 from model.prefix import PrefixTokens
-from model.sequences import See, plan, windowed
+from model.sequences import See, Sequences, Windows, plan, windowed
 
 
 class APTEncoder(nn.Module):
@@ -50,26 +51,42 @@ class APTEncoder(nn.Module):
         self.prefix = PrefixTokens(config) if config.num_prefix else None
         self.stack = BlockStack(config, config.depth)
 
+    # Of a compiled encoder the blocks are compiled: what is around them follows the contents of a batch,
+    # which are others every time.
+    @torch.compiler.disable(recursive=False)
     def forward(self, batch: TokenBatch, see: See = "online") -> Encoded:
         """The tokens a batch's mask lets be seen, encoded; the others take no part in anything.
 
         "online" sees those marked `ONLINE`, "target" all but `MISSING`. Raises ConfigError for a
         modality, band set or bands the encoder was not made for.
         """
+        sequences, *rows = self._before_blocks(batch, see)
+        return self._after_blocks(self.stack(*rows), sequences)
+
+    @torch.compiler.disable
+    def _before_blocks(
+        self, batch: TokenBatch, see: See
+    ) -> tuple[Sequences, Tensor, Packed, Rotary | None, Windows | None]:
+        """Sequences, and what the blocks take."""
         tokens_ND = self.embed(batch)
         sequences = plan(batch, self.config.sequences, see, self.config.num_prefix)
         prefix_SRD = None if self.prefix is None else self.prefix(batch, sequences.tile)
         rotary, sides = self.rotary(batch), self.config.windows
-        encoded = self.stack(
+        return (
+            sequences,
             sequences.put(sequences.see(tokens_ND), prefix_SRD),
             sequences.packed,
             None if rotary is None else sequences.put_rotary(*rotary),
             None if sides is None else windowed(batch, sequences, sides),
         )
-        tokens_VD, prefix_SRD = sequences.take(encoded)
+
+    @torch.compiler.disable
+    def _after_blocks(self, rows: Tensor, sequences: Sequences) -> Encoded:
+        tokens_VD, prefix_SRD = sequences.take(rows)
         parts = (None, None) if self.prefix is None else self.prefix.parts(prefix_SRD)
         return Encoded(tokens_VD, sequences.visible, *parts, sequences.tile, sequences.timestep)
 
+    @torch.compiler.disable
     def embed(self, batch: TokenBatch) -> Tensor:
         """Embedded, encoded and merged tokens [N, D], before any token saw another."""
         rows = [self._base_rows(batch, m, b, name) for m, b, name in self._groups(batch)]
@@ -84,6 +101,7 @@ class APTEncoder(nn.Module):
         """[N, D]: the encoding at every token's centre; with position "rotary" see `rotary` also."""
         return self.encoding.tokens(batch)
 
+    @torch.compiler.disable
     def rotary(self, batch: TokenBatch) -> Rotary | None:
         """cos and sin [N, 32] of the batch's tokens; None unless positions are rotations."""
         return rotary_tables(batch, self.config) if self.config.position == "rotary" else None

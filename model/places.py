@@ -44,7 +44,7 @@ def node_of_token(batch: TokenBatch) -> Tensor:
     first = starts(tuple(n for of in counts for n in of + [0] * (deepest - len(of))), batch.device)
     modality = batch.modality.long()
     cells = starts(tuple(grid.num_cells for grid in grids), batch.device)[modality]
-    cols = per_modality(tuple((grid.cols,) for grid in grids), batch.device)[modality, 0]
+    cols = per_modality(tuple((grid.cols,) for grid in grids), batch.device)[modality, 0].long()
     position = torch.cat([cell_tables(grid, batch.device)[1] for grid in grids])
     y, x = batch.positions[:, :2].long().unbind(1)
     return first[modality * deepest + scales] + (position[cells + y * cols + x] >> 2 * scales)
@@ -88,9 +88,10 @@ def select_once(rows: Tensor, index: Tensor) -> Tensor:
 
 @lru_cache(maxsize=32)
 def per_modality(rows: tuple[tuple[float, ...], ...], device: torch.device) -> Tensor:
-    """[modality, ...] of numbers known on the host, on the device."""
+    """float32 [modality, ...] of numbers known on the host, on the device."""
     with torch.inference_mode(False):
-        return torch.tensor(rows, device=device)
+        # Of one type whatever is asked: to the cache 4 and 4.0 are the same.
+        return torch.tensor(rows, dtype=torch.float32, device=device)
 
 
 @lru_cache(maxsize=64)
@@ -120,5 +121,5 @@ class _SelectOnce(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (index,) = ctx.saved_tensors
-        whole = gradient.new_zeros(ctx.num_rows, gradient.shape[1])
+        whole = gradient.new_zeros(ctx.num_rows, *gradient.shape[1:])
         return whole.index_copy(0, index, gradient), None

@@ -17,6 +17,7 @@ from torch import Tensor
 from model.attention import Packed
 from model.batch import MISSING, ONLINE, TokenBatch, cumulative_lengths
 from model.frames import ModalityFrames
+from model.places import per_modality, select_once, starts
 from pipeline.errors import ConfigError
 
 Per = Literal["tile", "date"]
@@ -53,7 +54,7 @@ class Sequences:
 
     def see(self, tokens_ND: Tensor) -> Tensor:
         """[V, ...]: what the batch's visible tokens have of values [N, ...]."""
-        return tokens_ND if self.visible is None else tokens_ND.index_select(0, self.visible)
+        return tokens_ND if self.visible is None else select_once(tokens_ND, self.visible)
 
     def put(self, tokens_VD: Tensor, prefix_SRD: Tensor | None = None) -> Tensor:
         """The packed buffer [V + S R, ...] of values of visible tokens and of prefix tokens.
@@ -103,6 +104,7 @@ class Windows:
         return permute_rows(rows, self.inverse, self.order)
 
 
+@torch.compiler.disable
 def plan(
     batch: TokenBatch, per: Per = "tile", see: See = "online", num_prefix: int = 0
 ) -> Sequences:
@@ -135,6 +137,7 @@ def plan(
     )
 
 
+@torch.compiler.disable
 def windowed(batch: TokenBatch, sequences: Sequences, windows: int) -> Windows:
     """Sequences cut into `windows x windows` squares of the tile.
 
@@ -165,6 +168,9 @@ def permute_rows(rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
 
     Its gradient is a permutation too, not a sum as that of a look-up.
     """
+    if torch.compiler.is_compiling():
+        # Derived from what it sees, and the compiler warns of functions with a gradient of their own.
+        return rows.index_select(0, order)
     permuted: Tensor = _Permute.apply(rows, order, inverse)  # type: ignore[no-untyped-call]
     return permuted
 
@@ -198,8 +204,7 @@ def _per_date(batch: TokenBatch) -> tuple[Tensor, Tensor, Tensor]:
     """As `_per_tile`."""
     of_frames = torch.cat([_tile_and_timestep(frames) for frames in batch.modalities])
     present, owner_of_frame = of_frames.unique(return_inverse=True)
-    counts = torch.tensor([m.num_frames for m in batch.modalities], device=batch.device)
-    first_frame = counts.cumsum(0) - counts
+    first_frame = starts(tuple(m.num_frames for m in batch.modalities), batch.device)
     frame = first_frame[batch.modality.long()] + batch.frame
     return owner_of_frame[frame], present // _TIMESTEPS, present % _TIMESTEPS - 1
 
@@ -212,8 +217,8 @@ def _tile_and_timestep(frames: ModalityFrames) -> Tensor:
 
 def _window_of_tokens(batch: TokenBatch, windows: int) -> Tensor:
     """int64 [N]: the square of the tile each token lies in, row by row."""
-    sides = [(m.grid.rows // windows, m.grid.cols // windows) for m in batch.modalities]
-    side_N2 = torch.tensor(sides, device=batch.device)[batch.modality.long()]
+    sides = tuple((m.grid.rows // windows, m.grid.cols // windows) for m in batch.modalities)
+    side_N2 = per_modality(sides, batch.device).long()[batch.modality.long()]
     y, x = (batch.positions[:, :2] // side_N2).unbind(1)
     return y * windows + x
 

@@ -126,8 +126,8 @@ def check_fits(encoder: EncoderConfig, dataset: TileDataset) -> None:
         raise ConfigError(
             "encoder.location_token is true, and no tile's place on Earth is known; leave it out"
         )
-    # The rest shows on a tile, whatever the encoder's size.
-    options = encoder.model_dump() | {"width": HEAD_WIDTH, "depth": encoder.global_every or 1}
+    # The rest shows on a tile, whatever the encoder's width.
+    options = encoder.model_dump() | {"width": HEAD_WIDTH}
     with torch.no_grad():
         APTEncoder(EncoderConfig.model_validate(options))(dataset.batch([0]))
 

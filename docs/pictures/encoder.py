@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from model import APTEncoder, EncoderConfig, TileDataset, TokenBatch, scatter_to_grid
-from model.objectives import random_masking
+from model.objectives import hidden_tokens, random_masking
 from model.training import ENCODER, train
 from model.training_config import TrainConfig
 from pipeline.overlay import display_bands, stretched
@@ -37,6 +37,7 @@ BESIDE = ("patch_445/r0c1", "patch_502692/r1c1", "patch_445/r1c1")
 # Base cells of which the order is drawn, and (y, x) of the cells whose attention is.
 WINDOW = (slice(12, 24), slice(20, 32))
 ASKING = ((10, 25), (22, 6))
+# Pictures of photographs are larger than those of tokens, and can do with fewer colours.
 COLOURS, DPI = 128, 90
 GREY = (0.75, 0.75, 0.75)
 
@@ -97,11 +98,12 @@ def panels(widths: tuple[float, ...], height: float) -> tuple[Figure, list[Axes]
     return figure, list(axes)
 
 
-def save(figure: Figure, name: str) -> None:
-    """Write a PNG of few colours, as small as that makes it."""
+def save(figure: Figure, name: str, colours: int | None = COLOURS) -> None:
     drawn = io.BytesIO()
     figure.savefig(drawn, dpi=DPI)
-    picture = Image.open(drawn).convert("RGB").quantize(COLOURS)
+    picture = Image.open(drawn).convert("RGB")
+    if colours is not None:
+        picture = picture.quantize(colours)
     picture.save(HERE / f"encoder-{name}.png", optimize=True)
 
 
@@ -185,7 +187,7 @@ def draw_runs(panel: Axes, lengths: np.ndarray, per_row: int = 16) -> None:
 @torch.no_grad()
 def draw_embedding(base: Scene, encoder: APTEncoder) -> None:
     """Embedded pixels, encodings and their sum, of every base cell; how alike encodings are."""
-    both, encoding = encoder.tokens(base.batch), encoder.encoding_of_tokens(base.batch)
+    both, encoding = encoder.embed(base.batch), encoder.token_encoding(base.batch)
     figure, axes = panels((3.2, 3.2, 3.2, 3.2), 3.5)
     parts = {"embedded pixels": both - encoding, "encodings": encoding, "their sum": both}
     for panel, (title, tokens) in zip(axes, parts.items(), strict=False):
@@ -195,7 +197,7 @@ def draw_embedding(base: Scene, encoder: APTEncoder) -> None:
     (y, x), _ = ASKING
     show(axes[3], unit @ unit[y, x], "likeness of encodings to one", len(unit), cmap="viridis")
     axes[3].plot(x + 0.5, y + 0.5, "r+")
-    save(figure, "embedding")
+    save(figure, "embedding", colours=None)
 
 
 def pixel_part(batch: TokenBatch, encoder: APTEncoder) -> Tensor:
@@ -207,7 +209,7 @@ def pixel_part(batch: TokenBatch, encoder: APTEncoder) -> Tensor:
         replace(m, band_sets=tuple(replace(s, pixels=s.pixels * 0) for s in m.band_sets))
         for m in batch.modalities
     ]
-    return encoder.tokens(batch) - encoder.tokens(replace(batch, modalities=tuple(blank)))
+    return encoder.embed(batch) - encoder.embed(replace(batch, modalities=tuple(blank)))
 
 
 @torch.no_grad()
@@ -220,7 +222,7 @@ def draw_merged(scene: Scene, base: Scene, encoder: APTEncoder) -> None:
         image, leaves = of.on_grid(colours(tokens)), of.leaves()
         show(panel, image, f"{len(leaves)} tokens", len(image))
         outline(panel, leaves, "black", 0.3)
-    save(figure, "merged")
+    save(figure, "merged", colours=None)
 
 
 @torch.no_grad()
@@ -272,7 +274,7 @@ def draw_attention(scene: Scene, encoder: APTEncoder) -> None:
 @torch.no_grad()
 def draw_scattered(scene: Scene, encoder: APTEncoder) -> None:
     """Tokens of a trained encoder, back in the cells of the base grid."""
-    tokens = encoder(scene.batch)
+    tokens = encoder(scene.batch).tokens
     colours = Colours(tokens)(tokens)
     figure, axes = panels((4, 4), 4.3)
     show(axes[0], scene.image(), "pixels", 32)
@@ -288,7 +290,8 @@ def draw_masks(scene: Scene, clouds: Scene) -> None:
         tokens = pixel_part(of.batch, fresh_encoder(of.dataset))
         colours = Colours(tokens)(tokens)
         if of is scene:
-            colours[random_masking(of.batch, 0.5, (0, 0)).hidden] = torch.tensor(GREY)
+            hidden = hidden_tokens(random_masking(of.batch, 0.5, (0, 0)))
+            colours[hidden] = torch.tensor(GREY)
         image = np.nan_to_num(of.on_grid(colours), nan=1.0)
         show(panel, image, "", 32)
         outline(panel, of.leaves(), "black", 0.3)
@@ -310,8 +313,7 @@ def stores(data: Path, folder: Path) -> None:
 def fresh_encoder(dataset: TileDataset) -> APTEncoder:
     """One that has learned nothing."""
     torch.manual_seed(0)
-    (modality,) = dataset.modalities
-    return APTEncoder(EncoderConfig.for_store(dataset.store, modality, "nano"))
+    return APTEncoder(EncoderConfig.for_store(dataset.store))
 
 
 def run(*arguments: object) -> None:

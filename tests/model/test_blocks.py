@@ -243,24 +243,68 @@ def test_gradients_are_those_of_finite_differences():
     assert torch.autograd.gradcheck(lambda x: stack(x, packed, rotary), x, fast_mode=True)
 
 
-SHAPES = ([5, 0, 9, 1], [3, 4], [8, 8, 8], [40, 2, 3, 4, 5], [7] * 9, [6, 0])
+SHAPES = ([5, 0, 9, 1], [3, 4], [8, 8, 8], [40, 2, 3, 4, 5])
+COMPILERS = ["aot_eager", pytest.param("inductor", marks=pytest.mark.full)]
+of_the_compiler_itself = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.full)])
+@of_the_compiler_itself
+@pytest.mark.parametrize("backend", COMPILERS)
 @pytest.mark.parametrize(
-    "options", [{}, ALL_OPTIONS, {"checkpointing": True}], ids=["", "all", "checkpointing"]
+    "options",
+    [
+        {},
+        pytest.param({"drop_path": 0.5, **ALL_OPTIONS}, marks=pytest.mark.full),
+        pytest.param({"checkpointing": True}, marks=pytest.mark.full),
+    ],
+    ids=["", "all", "checkpointing"],
 )
 def test_no_batch_makes_a_compiled_stack_compile_again(backend, options):
-    """Once for the first batch, and once more when another shows that lengths vary."""
     torch._dynamo.reset()
     stack = make_stack(**options)
+    # What inductor draws, it draws otherwise.
+    stack.train(backend == "aot_eager")
     counter = CompileCounterWithBackend(backend)
+    compiled, counts = torch.compile(stack, backend=counter, dynamic=True), set()
+    for lengths in SHAPES:
+        x, results = random_rows(sum(lengths)), []
+        for one in (compiled, stack):
+            torch.manual_seed(3)
+            out = one(x, pack(lengths))
+            results.append((out, *gradients(out, stack, x)))
+        assert_close(*results, rtol=0, atol=1e-5)
+        # The compiler may have needed two attempts at the first.
+        counts.add(counter.frame_count)
+    assert len(counts) == 1
+
+
+@of_the_compiler_itself
+@pytest.mark.parametrize("backend", COMPILERS)
+def test_windows_rotations_and_fewer_bits_compile_once_too(backend, make_tiles):
+    torch._dynamo.reset()
+    stack = make_stack(depth=3, windows=2, global_every=2).eval()
+    counter = CompileCounterWithBackend(backend)
+    compiled, counts = torch.compile(stack, backend=counter, dynamic=True), set()
+    for seed, tiles in enumerate([[(1, 0.2)], [(2, 0.1), (1, 0.3)], [(1, 1.0), (3, 0.0)]]):
+        batch = make_tiles(seed, tiles, num_roots=(2, 2)).pack()
+        sequences = plan(batch, num_prefix=1)
+        windows = windowed(batch, sequences, 2)
+        x = random_rows(batch.num_tokens + sequences.num_sequences)
+        with torch.autocast("cpu", torch.bfloat16):
+            out, expected = (
+                one(x, sequences.packed, random_angles(len(x)), windows)
+                for one in (compiled, stack)
+            )
+        assert_close(out, expected, rtol=0, atol=0.05)
+        counts.add(counter.frame_count)
+    assert len(counts) == 1
+
+
+def test_without_being_told_that_lengths_vary_the_compiler_finds_out_once():
+    torch._dynamo.reset()
+    stack, counter = make_stack(depth=1), CompileCounterWithBackend("eager")
     compiled, counts = torch.compile(stack, backend=counter), []
     for lengths in SHAPES:
-        x = random_rows(sum(lengths))
-        out, expected = compiled(x, pack(lengths)), stack(x, pack(lengths))
-        assert_close(out, expected, rtol=0, atol=1e-5)
-        of_both = [gradients(one, stack, x) for one in (out, expected)]
-        assert_close(*of_both, rtol=0, atol=1e-5)
+        compiled(random_rows(sum(lengths)), pack(lengths))
         counts.append(counter.frame_count)
-    assert counts == [1, *[2] * (len(SHAPES) - 1)]
+    assert counts == [1, 2, 2, 2]

@@ -235,3 +235,22 @@ def test_band_sets_may_have_patches_of_different_sizes(make_tiles):
         cells = normalised_cells(batch, 0, band_set, normalization)
         assert cells[0].shape == (len(batch.cell_index(0)), 3, size, size)
         assert_close(embed(*cells)[:9], slow_rows(embed, *(part[:9] for part in cells)))
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16, torch.float64])
+def test_ranges_keep_their_bits_whatever_the_weights_have(kind):
+    pixels = torch.tensor([9001, 9500, 9999], dtype=torch.int32)[:, None, None, None]
+    valid = torch.ones(3, 1, 1, 1, dtype=torch.bool)
+    ranges = ((9000.0, 10_000.0),)
+    expected = PixelNormalization(ranges)(pixels, valid)
+    assert_close(PixelNormalization(ranges).to(kind)(pixels, valid).float(), expected)
+
+
+def test_ranges_are_there_after_weights_were_made_without_memory():
+    """As sharded training makes models: on no device, then empty on one."""
+    with torch.device("meta"):
+        made = PixelNormalization(((9000.0, 10_000.0),))
+    assert made.low_C.is_meta
+    made.to_empty(device="cpu")
+    assert made.low_C.tolist() == [9000.0]
+    assert made.half_span_C.tolist() == [500.0]

@@ -13,6 +13,7 @@ from torch.func import functional_call
 from torch.nn.functional import gelu, interpolate
 from torch.testing import assert_close
 
+from model.cells import cell_tables
 from model.config import BandSetConfig, EncoderConfig, ModalityConfig
 from model.encodings import (
     CompositeEncodings,
@@ -25,7 +26,7 @@ from model.encodings import (
     sincos,
 )
 from model.packing import TileArrays, pack
-from model.places import node_centres, node_of_token, sample_grid, select_once
+from model.places import node_centres, node_of_token, per_modality, sample_grid, select_once
 from pipeline.grid import BaseGrid
 
 WIDTH = 64
@@ -166,6 +167,17 @@ def test_nodes_are_found_by_scale_and_place(data, tilesets):
     assert torch.equal(centres[node_of_token(batch)].float(), expected)
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_tables_of_equal_numbers_do_not_get_in_each_others_way(make_tiles, first):
+    """Four columns of cells, each four units wide."""
+    tiles = make_tiles(tiles=[(1, 0.0)], num_roots=(1, 1), base_patch_size=4, num_scales=3)
+    batch, settings = packed(tiles, second_set=False), config({"image": 10.0})
+    per_modality.cache_clear()
+    asked = (lambda: node_of_token(batch), lambda: rotary_tables(batch, settings)[0])
+    found = {number: asked[number]() for number in (first, 1 - first)}
+    assert (found[0].dtype, found[1].dtype) == (torch.int64, torch.float32)
+
+
 def test_another_place_time_season_or_band_set_is_told(make_tiles):
     batch = packed(make_tiles(tiles=[(3, 0.0)], split_share=1.0))
     found = CompositeEncodings(config({"image": 10.0})).tokens(batch)
@@ -260,6 +272,22 @@ def test_gradients_of_a_learned_grid_are_those_of_finite_differences(make_tiles,
     encodings.forward = lambda batch: (encodings.base_rows(batch, 0), encodings.tokens(batch))
     grid = torch.randn(WIDTH, *cells, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(rows, grid)
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"position": "rotary"}, {"position": "learned", "position_cells": (5, 4)},
+], ids=str)  # fmt: skip
+def test_an_encoder_first_used_in_inference_mode_can_be_trained(make_tiles, make_encoder, options):
+    """Tables kept from one batch to the next are not those of inference mode."""
+    for kept in (cell_tables, node_centres, per_modality):
+        kept.cache_clear()
+    encoder, tiles = make_encoder(size_position=True, location_token=True, **options), make_tiles()
+    with torch.inference_mode():
+        encoder(tiles.pack())
+        encoder.token_encoding(tiles.pack())
+    batch = tiles.pack()
+    (encoder(batch).tokens + encoder.token_encoding(batch)).sum().backward()
+    assert all(parameter.grad is not None for parameter in encoder.encoding.parameters())
 
 
 def test_rows_selected_once_have_the_gradient_of_a_look_up():

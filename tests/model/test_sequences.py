@@ -106,7 +106,8 @@ def test_without_masks_and_prefix_nothing_is_moved(data, tilesets):
 
 
 def test_what_goes_through_the_buffer_has_its_gradient(make_tiles):
-    found = plan(masked(with_height(make_tiles()), 0), "date", num_prefix=2)
+    batch = masked(with_height(make_tiles()), 0)
+    found = plan(batch, "date", num_prefix=2)
     num_visible, shape = len(found.visible), (found.num_sequences, 2, 1)
     tokens = torch.rand(num_visible, 1, dtype=torch.float64, requires_grad=True)
     prefix = torch.rand(shape, dtype=torch.float64, requires_grad=True)
@@ -115,6 +116,9 @@ def test_what_goes_through_the_buffer_has_its_gradient(make_tiles):
     of_tokens, of_prefix = torch.autograd.grad(loss, (tokens, prefix))
     assert torch.equal(of_tokens, found.take(weights)[0])
     assert torch.equal(of_prefix, found.take(weights)[1])
+    everything = torch.rand(batch.num_tokens, 2, 3, requires_grad=True)
+    (of_everything,) = torch.autograd.grad(found.see(everything).sum(), everything)
+    assert of_everything.flatten(1).sum(1).eq(6 * batch.mask.eq(ONLINE)).all()
     order = torch.tensor([2, 0, 1])
     rows = torch.rand(3, 2, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: permute_rows(x, order, order.argsort()), rows)
