@@ -23,7 +23,6 @@ Without --archive FOLDER (scenes of one date each) it takes the Sentinel-2 chip 
 
 import json
 import multiprocessing
-import resource
 import statistics
 import sys
 import tempfile
@@ -205,8 +204,13 @@ def peak_bytes(config: str, batch: TokenBatch, way: str, device: str) -> int:
         parameter.grad = torch.zeros_like(parameter)
     before = psutil.Process().memory_info().rss
     step(lambda: ways[way](encoder=encoder, batch=batch), device)
-    # KiB on Linux.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    return highest_rss() - before
+
+
+def highest_rss() -> int:
+    """Bytes of memory this process has had at most; of Linux, where getrusage tells the parent's too."""
+    status = Path("/proc/self/status").read_text().split()
+    return int(status[status.index("VmHWM:") + 1]) * 1024
 
 
 def memory_rows(
