@@ -7,6 +7,7 @@ modality and size that lie on the same ground have the same position. Shape suff
 
 import math
 from functools import lru_cache
+from itertools import accumulate
 from typing import Literal
 
 import torch
@@ -96,8 +97,7 @@ class CompositeEncodings(nn.Module):
     def tokens(self, batch: TokenBatch) -> Tensor:
         """[N, D]: the whole encoding, band set included, at the centre of every token."""
         of_frames = torch.cat([self._of_frames(frames) for frames in batch.modalities])
-        first = starts(tuple(m.num_frames for m in batch.modalities), batch.device)
-        frame = first[batch.modality.long()] + batch.frame
+        frame = _first_frames(batch)[batch.modality.long()] + batch.frame
         rows = self._band_set_of_tokens(batch) + of_frames.index_select(0, frame)
         if self.config.position == "rotary":
             return rows
@@ -279,6 +279,15 @@ def _frequencies(number: int, base: float, kind: torch.dtype, device: torch.devi
     with torch.inference_mode(False):
         exponents = torch.arange(number, dtype=torch.float64) / number
         return (base**-exponents).to(device, kind)
+
+
+def _first_frames(batch: TokenBatch) -> Tensor:
+    """int64 [modality]: frames of all modalities before it."""
+    before = accumulate((m.num_frames for m in batch.modalities), initial=0)
+    # Filled there rather than copied there: a copy would wait for a GPU, in every batch.
+    return torch.cat(
+        [m.tile.new_full((1,), number) for m, number in zip(batch.modalities, before, strict=False)]
+    )
 
 
 @lru_cache(maxsize=8)

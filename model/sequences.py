@@ -218,7 +218,7 @@ def _tile_and_timestep(frames: ModalityFrames) -> Tensor:
 def _window_of_tokens(batch: TokenBatch, windows: int) -> Tensor:
     """int64 [N]: the square of the tile each token lies in, row by row."""
     sides = tuple((m.grid.rows // windows, m.grid.cols // windows) for m in batch.modalities)
-    side_N2 = per_modality(sides, batch.device)[batch.modality.long()]
+    side_N2 = per_modality(sides, batch.device).long()[batch.modality.long()]
     y, x = (batch.positions[:, :2] // side_N2).unbind(1)
     return y * windows + x
 

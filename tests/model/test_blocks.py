@@ -245,8 +245,10 @@ def test_gradients_are_those_of_finite_differences():
 
 SHAPES = ([5, 0, 9, 1], [3, 4], [8, 8, 8], [40, 2, 3, 4, 5])
 COMPILERS = ["aot_eager", pytest.param("inductor", marks=pytest.mark.full)]
+of_the_compiler_itself = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 
 
+@of_the_compiler_itself
 @pytest.mark.parametrize("backend", COMPILERS)
 @pytest.mark.parametrize(
     "options",
@@ -276,6 +278,7 @@ def test_no_batch_makes_a_compiled_stack_compile_again(backend, options):
     assert len(counts) == 1
 
 
+@of_the_compiler_itself
 @pytest.mark.parametrize("backend", COMPILERS)
 def test_windows_rotations_and_fewer_bits_compile_once_too(backend, make_tiles):
     torch._dynamo.reset()
