@@ -123,7 +123,7 @@ def speed_rows(
             row[f"{what}, of the FLOPs"] = row[what] / flops
         rows.append(row)
     if with_timm:
-        row = {"what": f"uniform, time over timm ViT: {setting.name}"}
+        row = {"what": f"uniform: {setting.name}"}
         rows.append(row | {w: median_ratio(base[w], found["timm"][w]) for w in (FORWARD, STEP)})
     return rows
 
