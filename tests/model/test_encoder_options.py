@@ -5,7 +5,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from torch._dynamo.testing import CompileCounter
 from torch.testing import assert_close
 
 from model.encoder import APTEncoder
@@ -187,23 +186,3 @@ def test_more_scales_than_merge_levels_are_refused_in_words(make_scene, make_sce
     encoder = make_scene_encoder(merge="per_level", merge_levels=1)
     with pytest.raises(ConfigError, match="merge_levels is 1"):
         encoder(make_scene().pack())
-
-
-# What the compiler warns of is its own looking at tensors and functions.
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
-@pytest.mark.filterwarnings("ignore:.* should not be instantiated:DeprecationWarning")
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"sequences": "date", "class_token": True, "position": "rotary", "windows": 2,
-          "global_every": 2}],
-    ids=["as-it-is", "dates"],
-)  # fmt: skip
-def test_a_compiled_encoder_compiles_its_blocks_once(options, make_scene, make_scene_encoder):
-    torch._dynamo.reset()
-    encoder, counter = make_scene_encoder(**options), CompileCounter()
-    compiled = torch.compile(encoder, backend=counter, dynamic=True)
-    tiles = [(2, 1, 1, 0.2), (1, 2, 1, 0.1), (3, 1, 0, 0.2)]
-    for chosen in (tiles, tiles[:1], tiles[1:] * 2):
-        batch = make_scene(tiles=chosen).pack()
-        assert_close(compiled(batch).tokens, encoder(batch).tokens, rtol=0, atol=1e-5)
-    assert counter.frame_count == 1
