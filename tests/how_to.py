@@ -24,7 +24,7 @@ from support import aptile, save_scene
 
 HOW_TO = Path(__file__).parent.parent / "docs" / "how-to"
 # Pages without an archive of their own.
-OTHER = ("README", "train-with-your-own-loop")
+OTHER = ("README", "train-with-your-own-loop", "use-the-encoder")
 PAGES = sorted(page.stem for page in HOW_TO.glob("*.md") if page.stem not in OTHER)
 FOLDERS = {"eurosat": "eurosat_rgb", "stac": "satclip", "s2-native": "satclip"}
 # The example's places, of which the catalogue page prints one item and describes the others.
