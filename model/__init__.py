@@ -3,9 +3,11 @@
 Never imports dask, rasterio or numba: a training environment can lack them.
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from model.batch import TokenBatch
 from model.config import EncoderConfig, EncoderOptions
-from model.cost import TokenCounts, count_flops, count_parameters
 from model.data import (
     Augmentation,
     BatchStream,
@@ -17,10 +19,13 @@ from model.data import (
     mix,
 )
 from model.encoded import Encoded
-from model.encoder import APTEncoder
 from model.masks import with_cell_masks, with_token_masks
 from model.pooling import AttentionPool, class_pool, mean_pool
 from model.upsample import scatter_to_grid, to_grid, tokens_at
+
+if TYPE_CHECKING:
+    from model.cost import TokenCounts, count_flops, count_parameters
+    from model.encoder import APTEncoder
 
 __all__ = [
     "APTEncoder",
@@ -48,3 +53,17 @@ __all__ = [
     "with_cell_masks",
     "with_token_masks",
 ]
+
+# They load torch's compiler: a second that processes which only read batches need not spend.
+_WHEN_ASKED_FOR = {
+    "APTEncoder": "model.encoder",
+    "TokenCounts": "model.cost",
+    "count_flops": "model.cost",
+    "count_parameters": "model.cost",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHEN_ASKED_FOR:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_WHEN_ASKED_FOR[name]), name)

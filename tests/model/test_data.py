@@ -105,6 +105,7 @@ for name in ("dask", "distributed", "rasterio", "numba", "shapely"):
 import model
 dataset = model.TileDataset(sys.argv[1])
 batch = dataset.batch([0, 8])
+assert "torch._dynamo" not in sys.modules, "reading loads the compiler"
 encoder = model.APTEncoder(model.EncoderConfig.for_store(dataset.store))
 tokens = encoder(batch).tokens
 tokens.square().mean().backward()
