@@ -257,7 +257,12 @@ def _what_differs(found: Any, wanted: dict[str, Any]) -> str:
         return f"an unreadable {RUN_FILE}"
     if found.get("data") != wanted["data"]:
         return "a run of other data"
-    return "a run of another configuration"
+    told = found.get("train")
+    then, now = told if isinstance(told, dict) else {}, wanted["train"]
+    other = [name for name in now if then.get(name) != now[name]]
+    changes = [f"{name} {then.get(name)!s:.80}, not {now[name]!s:.80}" for name in other]
+    # With the same settings the encoder's own may differ: defaults of another version of aptile.
+    return f"a run of another configuration ({'; '.join(changes) or 'of the encoder'})"
 
 
 def _steps_done(out: Path) -> int:

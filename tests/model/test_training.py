@@ -247,7 +247,9 @@ def test_another_configuration_is_refused_and_nothing_changes(chip_store, copy, 
     before = content(copy)
     with pytest.raises(StoreError, match="holds a run of another configuration") as refused:
         train(chip_store, copy, CONFIG.model_copy(update=change), ignore)
-    assert str(copy) in str(refused.value)
+    (name, value), message = *change.items(), str(refused.value)
+    assert str(copy) in message
+    assert f"({name} {getattr(CONFIG, name)}, not {value})" in message
     assert content(copy) == before
 
 
