@@ -117,15 +117,21 @@ def _local(run: RunConfig, num_tasks: int) -> Iterator[Client]:
     workers = min(run.workers or os.cpu_count() or 1, num_tasks)
     dashboard = "127.0.0.1:0" if importlib.util.find_spec("bokeh") else None
     with _ignored_interrupts(), dask.config.set(_BEFORE_START):
-        cluster = LocalCluster(
-            n_workers=workers,
-            threads_per_worker=1,
-            processes=True,
-            memory_limit=run.worker_memory or "auto",
-            env=ENVIRONMENT,
-            dashboard_address=dashboard,
-            silence_logs=logging.CRITICAL,
-        )
+        try:
+            cluster = LocalCluster(
+                n_workers=workers,
+                threads_per_worker=1,
+                processes=True,
+                memory_limit=run.worker_memory or "auto",
+                env=ENVIRONMENT,
+                dashboard_address=dashboard,
+                silence_logs=logging.CRITICAL,
+            )
+        except RuntimeError as error:
+            raise StoreError(
+                f"the {workers} local worker processes did not start ({error}): one ended as soon as it "
+                "began; see to memory and limits of processes, then run the same command again"
+            ) from None
     with cluster, Client(cluster, set_as_default=False) as client:
         yield client
 

@@ -4,6 +4,7 @@ A library takes a header's word for how much memory a directory, a tag, a mask o
 checks read the few bytes that make such claims themselves.
 """
 
+import os
 import struct
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -99,8 +100,11 @@ def read_regular(path: str, most: int, setting: str) -> bytes:
 
 def check_tiff(path: str, budget: int) -> None:
     """Raise SceneError where a directory of a local TIFF holds more than `budget` bytes in its tags, or an
-    image or mask in one of its blocks. What is no TIFF at all, or cut short, is left to GDAL."""
+    image or mask in one of its blocks, or where the lists of its blocks lie beyond its end: depending on
+    how it is opened, GDAL takes such blocks for sparse ones, which are zero. What is no TIFF at all, or
+    otherwise cut short, is left to GDAL."""
     with Path(path).open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
         form = _tiff_form(file.read(16))
         if form is None:
             return
@@ -108,6 +112,7 @@ def check_tiff(path: str, budget: int) -> None:
             if isinstance(entries, SceneError):
                 raise entries
             _refuse_tags(entries, budget)
+            _refuse_lost_lists(form, entries, size)
             _refuse_blocks(file, form, entries, budget)
 
 
@@ -207,6 +212,17 @@ def _refuse_tags(entries: _Entries, budget: int) -> None:
             raise SceneError(
                 f"its TIFF tag {tag} holds {needed} bytes, more than run.max_block_bytes {budget}; remove "
                 "it, or raise that"
+            )
+
+
+def _refuse_lost_lists(form: _TiffForm, entries: _Entries, size: int) -> None:
+    for tag in _BLOCK_LISTS:
+        kind, count, value = entries.get(tag, (0, 0, b""))
+        needed = count * _TYPE_BYTES.get(kind, 1)
+        if needed > len(value) and form.offset.unpack(value)[0] + needed > size:
+            raise SceneError(
+                f"its TIFF tag {tag}, which says where its blocks lie, is beyond the end of the file, so "
+                "it is cut short or damaged; copy it again"
             )
 
 

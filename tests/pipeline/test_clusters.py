@@ -270,3 +270,15 @@ def test_without_the_package_of_kubernetes_the_remedy_is_named(monkeypatch):
     monkeypatch.delitem(sys.modules, "dask_kubernetes.operator", raising=False)
     with pytest.raises(StoreError, match=r"kubernetes needs dask_kubernetes.*'aptile\[hpc\]'"):
         cluster_spec(PODS, "aptile-1")
+
+
+def test_local_workers_that_die_at_once_are_reported(monkeypatch):
+    def failing(*_: object, **__: object) -> None:
+        raise RuntimeError("Nanny failed to start.")
+
+    monkeypatch.setattr("pipeline.jobs.clients.LocalCluster", failing)
+    with (
+        pytest.raises(StoreError, match="2 local worker processes did not start.*same command"),
+        client_of(RunConfig(workers=2), 2),
+    ):
+        pass

@@ -228,3 +228,16 @@ def test_one_stray_among_very_many_is_refused_and_a_mixture_stops_the_job():
     assert "has the pixel type uint8; nearly all" in refused["stray_0"]
     with pytest.raises(ArchiveError, match="differ in their pixel type"):
         conform(settings, [*many, *strays])
+
+
+def test_a_file_that_lost_the_list_of_its_blocks_is_not_read_as_zeros(tmp_path):
+    path = save_scene(tmp_path / "archive" / "lost.tif", textured((2, SIDE, SIDE)))
+    save_scene(tmp_path / "archive" / "good.tif", textured((2, SIDE, SIDE)))
+    content = bytearray(path.read_bytes())
+    # Tag StripByteCounts, of 16-bit numbers that lie elsewhere: its last byte is the offset's highest.
+    tag = content.index(b"\x17\x01\x03\x00")
+    content[tag + 11] = 0x9D
+    path.write_bytes(content)
+    report = run_job(str(path.parent), tmp_path / "store", config(), Watching())
+    assert "TIFF tag 279" in report.quarantined.pop("lost")
+    assert not report.quarantined
