@@ -103,24 +103,29 @@ class Killer(Watching):
             self.enough.wait_for(lambda: self.killed >= int(share * self.wanted), timeout=120)
 
 
-@pytest.mark.parametrize("kills", [10, pytest.param(100, marks=pytest.mark.full)])
-def test_workers_killed_at_random_change_no_byte(archive, store, tmp_path, kills):
-    observer = Killer(kills)
-    report = None
-    while report is None:
-        # Kills may hit what runs alone as well, until the job gives up: then the same command goes on.
-        with contextlib.suppress(StoreError):
-            report = run_job(str(archive), tmp_path / "killed", settings("run.workers=2"), observer)
-    lost = [what for what, _ in observer.happenings].count("worker lost")
-    retried = [what for what, _ in observer.happenings].count("shard retried")
-    print(
-        f"{observer.killed} kills: {lost} workers seen to be lost, {retried} of {report.shards} shards "
-        f"done alone, {len(report.quarantined)} inputs quarantined"
-    )
-    assert observer.killed == kills
-    assert report.quarantined == {}
-    assert not [name for name in files(tmp_path / "killed") if "partial" in name]
-    assert_same_bytes(store, tmp_path / "killed")
+# Of more kills in one job two may hit the same shard as it is done alone: that is quarantined, and rightly.
+KILLS_PER_JOB = 10
+
+
+@pytest.mark.parametrize("jobs", [1, pytest.param(10, marks=pytest.mark.full)])
+def test_workers_killed_at_random_change_no_byte(archive, store, tmp_path, jobs):
+    for number in range(jobs):
+        killed = tmp_path / f"killed_{number}"
+        observer, report = Killer(KILLS_PER_JOB, seed=number), None
+        while report is None:
+            # Kills may hit what runs alone as well, until the job gives up: then the same command goes on.
+            with contextlib.suppress(StoreError):
+                report = run_job(str(archive), killed, settings("run.workers=2"), observer)
+        lost = [what for what, _ in observer.happenings].count("worker lost")
+        retried = [what for what, _ in observer.happenings].count("shard retried")
+        print(
+            f"{observer.killed} kills: {lost} workers seen to be lost, {retried} of {report.shards} shards "
+            f"done alone, {len(report.quarantined)} inputs quarantined"
+        )
+        assert observer.killed == KILLS_PER_JOB
+        assert report.quarantined == {}
+        assert not [name for name in files(killed) if "partial" in name]
+        assert_same_bytes(store, killed)
 
 
 def started(archive: Path, path: Path) -> subprocess.Popen:
