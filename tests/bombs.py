@@ -290,7 +290,7 @@ BOMBS = {
     ),
     "TIFF, lists of 2^31 blocks": Bomb(
         _tiff(directory(64, tags={273: (4, 2**31, 4096), 279: (4, 2**31, 4096)}.items()), size=2**14),
-        "read 1 tiles",
+        "its TIFF tag 273, which says where its blocks lie, is beyond the end",
     ),
     "TIFF, 2000 directories": Bomb(
         _tiff(*[directory(64)] * 2000, size=2**19), "has more than 1024 directories"
